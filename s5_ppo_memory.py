@@ -1,0 +1,887 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "brax>=0.14.2,<0.15",
+#     "flax>=0.12,<0.13",
+#     "gymnax>=1.0.1,<1.1",
+#     "jax>=0.10,<0.12",
+#     "matplotlib>=3.9,<4",
+#     "numpy>=2,<3",
+#     "optax>=0.2.5,<0.3",
+#     "orbax-checkpoint>=0.11,<0.13",
+#     "rich>=13,<16",
+#     "scipy>=1.13,<2",
+#     "six>=1.16",
+#     "tensorboardX>=2.6,<3",
+#     "tyro>=1,<2",
+# ]
+# ///
+"""DOCSTRING"""
+
+import csv
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+# ==================================================================================================
+# Arguments
+# ==================================================================================================
+@dataclass
+class Args:
+    # ---- run
+    seed: int = 0
+    """first seed; K seeds are SEED, SEED + 1, ..., SEED + K - 1"""
+    num_seeds: int = 1
+    """K, independent seeds trained side by side on one device"""
+    total_timesteps: int = 1_500_000
+    """environment steps of each seed, rounded up to whole log intervals"""
+    log_interval: int = 10
+    """updates in one jitted call, and in one row of metrics.csv"""
+    checkpoint_interval: float = 60.0
+    """seconds between checkpoints; the last update is always saved"""
+    resume: Path | None = None
+    """run directory to continue; the run keeps its own flags, so this one stands alone"""
+    track: bool = False
+    """send the metrics to Weights & Biases as well"""
+    wandb_project_name: str = "s5-in-context-rl"
+    """Weights & Biases project of --track"""
+    tf32: bool = False
+    """let NVIDIA GPUs round matrix products to TF32; acting and learning then differ by about 1e-3"""
+
+    # ---- task
+    env_id: str = "MemoryChain-bsuite"
+    """any gymnax environment with a flat Box observation and Discrete actions"""
+    memory_length: int = 128
+    """MemoryChain-bsuite: steps between the cue and the question about it"""
+    env_params: dict[str, float] = field(default_factory=dict)
+    """fields of the environment's EnvParams to override: NAME VALUE NAME VALUE ..."""
+    truncation_is_terminal: bool = False
+    """a time limit is part of the task: what would have come after it counts for nothing"""
+    eval_episodes: int = 128
+    """greedy episodes of each seed in the evaluation at the end"""
+
+    # ---- sequence model
+    num_layers: int = 2
+    """S5 blocks; 0 is the network without memory"""
+    d_model: int = 64
+    """D, width of the blocks"""
+    state_size: int = 32
+    """P, complex states of a block"""
+    dt_min: float = 0.001
+    """smallest initial time step; the slowest states fade over 2 / DT_MIN environment steps"""
+    dt_max: float = 0.1
+    """largest initial time step"""
+    zoh: bool = False
+    """scale the input by zero-order hold, as the paper does, not to unit variance"""
+
+    # ---- actor and critic
+    encoder_size: int = 128
+    """hidden units of the observation encoder"""
+    head_size: int = 128
+    """hidden units in each of the two layers of the actor and of the critic"""
+
+    # ---- PPO
+    num_envs: int = 32
+    """N, parallel environments"""
+    num_steps: int = 256
+    """T, steps of a rollout in each environment; gradients reach back this far and no further"""
+    num_minibatches: int = 4
+    """minibatches of a pass over the rollout, each of whole environments"""
+    update_epochs: int = 4
+    """passes over each rollout"""
+    learning_rate: float = 1e-3
+    """step size of Adam"""
+    anneal_lr: bool = False
+    """lower the step size linearly to zero over the run"""
+    gamma: float = 0.99
+    """discount"""
+    gae_lambda: float = 0.95
+    """lambda of the generalised advantage estimate"""
+    clip_coef: float = 0.2
+    """epsilon of the clipped objective"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """global norm the gradient is clipped to"""
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def updates_per_call(self) -> int:
+        return min(self.log_interval, -(-self.total_timesteps // self.batch_size))
+
+    @property
+    def num_updates(self) -> int:
+        """Updates that really run: total_timesteps, rounded up to whole calls."""
+        return -(-self.total_timesteps // (self.batch_size * self.updates_per_call)) * self.updates_per_call
+
+    def check(self) -> None:
+        """Raises ValueError, in one line, for values that cannot work."""
+        at_least = {"num_layers": 0, "learning_rate": 0, "ent_coef": 0, "vf_coef": 0, "seed": 0}
+        at_least |= {"gamma": 0, "gae_lambda": 0, "checkpoint_interval": 0}
+        for f in dataclasses.fields(self):
+            value, low = getattr(self, f.name), at_least.get(f.name, 1 if f.type is int else None)
+            flag = "--" + f.name.replace("_", "-")
+            if low is not None and value < low:
+                raise ValueError(f"{flag} {value} is too small: use {low} or more")
+            if f.name in ("gamma", "gae_lambda") and value > 1:
+                raise ValueError(f"{flag} {value} is too large: use 1 or less")
+            if f.name in ("dt_min", "clip_coef", "max_grad_norm") and value <= 0:
+                raise ValueError(f"{flag} {value} must be positive")
+        if self.dt_max < self.dt_min:
+            raise ValueError(f"--dt-max {self.dt_max} is below --dt-min {self.dt_min}: swap them")
+        if self.num_envs % self.num_minibatches:
+            raise ValueError(
+                f"--num-envs {self.num_envs} cannot be split into --num-minibatches {self.num_minibatches} of "
+                f"whole environments: use {self.num_envs // self.num_minibatches * self.num_minibatches or self.num_minibatches} environments"
+            )
+        if self.total_timesteps < self.batch_size:
+            raise ValueError(
+                f"--total-timesteps {self.total_timesteps} is less than one rollout of --num-envs {self.num_envs} "
+                f"x --num-steps {self.num_steps}: use {self.batch_size} or more"
+            )
+
+
+# ==================================================================================================
+# Environment: N copies of one task behind `reset` and `step`
+# ==================================================================================================
+class Timestep(NamedTuple):
+    """What N environments return; after a reset, the rewards are zero and `reset` is True."""
+
+    obs: jax.Array  # (N, O) what the agent sees next
+    reset: jax.Array  # (N,) bool: obs is the first of an episode, so the memory must not look back past it
+    reward: jax.Array  # (N,)
+    done: jax.Array  # (N,) bool: the action ended the episode, by a termination or a time limit
+    truncated: jax.Array  # (N,) bool: by a time limit alone
+    final_obs: jax.Array  # (N, O) what the agent would have seen next, had the environment not been reset
+    episode_return: jax.Array  # (N,) sum of rewards of the episode up to this step, undiscounted
+    episode_length: jax.Array  # (N,) int32, its steps
+
+
+class EnvState(NamedTuple):
+    inner: tuple  # gymnax's own state, every leaf with leading axis N
+    episode_return: jax.Array  # (N,)
+    episode_length: jax.Array  # (N,) int32
+
+
+class Environment:
+    """A gymnax environment whose observation also tells the agent what it did and what came of it.
+
+    The agent sees observation, one-hot previous action, previous reward and reset flag, (O,) in all. At the start
+    of every episode, not only of the first, the action and reward are zero and the flag is one: without the action
+    a partially observed transition cannot be told from chance, and without the flag an episode from the next.
+
+    Raises ValueError if gymnax has no such environment, or one whose observation or action does not fit.
+    """
+
+    def __init__(self, args: Args):
+        import gymnax  # here, since it takes three seconds: the flags have been checked by now
+
+        memory_chain = args.env_id == "MemoryChain-bsuite"
+        if args.env_id not in gymnax.registered_envs:
+            raise ValueError(f"--env-id {args.env_id} is unknown: use one of {', '.join(gymnax.registered_envs)}")
+        self.env, params = gymnax.make(args.env_id)
+        fields = [f.name for f in dataclasses.fields(params)]
+        unknown = [name for name in args.env_params if name not in fields]
+        if unknown:
+            raise ValueError(f"--env-params {unknown[0]} is no field of {args.env_id}: use {', '.join(fields)}")
+        overrides = dict(args.env_params)
+        if memory_chain:
+            # The default limit of 1,000 steps would end longer memories before their question.
+            overrides = {"memory_length": args.memory_length, "max_steps_in_episode": 2**30} | overrides
+        self.params = params.replace(**{k: type(getattr(params, k))(v) for k, v in overrides.items()})
+        self.has_time_limit = not memory_chain
+
+        observation, action = self.env.observation_space(self.params), self.env.action_space(self.params)
+        if len(observation.shape) != 1:
+            raise ValueError(
+                f"--env-id {args.env_id} observes an array of shape {observation.shape}: choose one with a flat Box"
+            )
+        if not hasattr(action, "n"):
+            raise ValueError(f"--env-id {args.env_id} has continuous actions: choose one with Discrete actions")
+        self.num_actions = action.n
+        self.obs_size = observation.shape[0] + self.num_actions + 2  # O
+
+    def agent_obs(self, obs, action, reward, reset):
+        """What the agent sees, (N, O), from gymnax's observation and what led to it, each with leading axis N."""
+        previous = jnp.concatenate([jax.nn.one_hot(action, self.num_actions), reward[:, None]], axis=1)
+        previous = jnp.where(reset[:, None], 0.0, previous)
+        return jnp.concatenate([obs, previous, reset[:, None]], axis=1).astype(jnp.float32)
+
+    def reset(self, key, params, num_envs) -> tuple[EnvState, Timestep]:
+        obs, inner = jax.vmap(self.env.reset, (0, None))(jax.random.split(key, num_envs), params)
+        zero, false, steps = jnp.zeros(num_envs), jnp.zeros(num_envs, bool), jnp.zeros(num_envs, jnp.int32)
+        obs = self.agent_obs(obs, steps, zero, ~false)
+        return EnvState(inner, zero, steps), Timestep(obs, ~false, zero, false, false, obs, zero, steps)
+
+    def step(self, key, state, action, params) -> tuple[EnvState, Timestep]:
+        """Steps all N environments with action (N,) int32; those that end start anew, each from a fresh state."""
+        keys = jax.random.split(key, action.shape[0])
+        obs, inner, reward, terminated, truncated, info = jax.vmap(self.env.step, (0, 0, 0, None))(
+            keys, state.inner, action, params
+        )
+        reward, done = reward.astype(jnp.float32), terminated | truncated
+        timestep = Timestep(
+            obs=self.agent_obs(obs, action, reward, done),
+            reset=done,
+            reward=reward,
+            done=done,
+            truncated=truncated & ~terminated,
+            final_obs=self.agent_obs(info["final_observation"], action, reward, jnp.zeros_like(done)),
+            episode_return=state.episode_return + reward,
+            episode_length=state.episode_length + 1,
+        )
+        episode_return = jnp.where(done, 0.0, timestep.episode_return)
+        return EnvState(inner, episode_return, jnp.where(done, 0, timestep.episode_length)), timestep
+
+
+# ==================================================================================================
+# Sequence model: S5 with resets inside the scan
+# ==================================================================================================
+def hippo_normal(state_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues (P,) and eigenvectors (2P, P), complex128, of the normal part of HiPPO-LegS of size 2P.
+
+    That matrix is -1/2 on the diagonal plus a skew part, so its eigenvalues come in conjugate pairs; one of each is
+    kept (paper, section 3; Gu et al. 2022). NumPy in float64, since it is needed once and float32 loses digits.
+    """
+    root = np.sqrt(np.arange(2 * state_size) + 0.5)
+    upper = np.triu(np.outer(root, root), k=1)
+    frequency, vectors = np.linalg.eigh(-1j * (upper - upper.T))  # of a Hermitian matrix: real, ascending
+    return -0.5 + 1j * frequency[state_size:], vectors[:, state_size:]
+
+
+def linear_recurrence(a_bar, bu, reset, state, parallel, reverse=False):
+    """x_t = a_bar (1 - reset_t) x_{t-1} + bu_t for all t, in one of two ways; shapes as in `s5_scan`."""
+    if not parallel:
+
+        def step(x, inputs):
+            bu, reset = inputs
+            x = jnp.where(reset[:, None], 0.0, a_bar * x) + bu
+            return x, x
+
+        return jax.lax.scan(step, state, (bu, reset), reverse=reverse)[1]
+
+    a = jnp.where(reset[..., None], 0.0, a_bar)  # (T, N, P)
+    first = -1 if reverse else 0
+    bu = bu.at[first].add(a[first] * state)
+
+    def compose(earlier, later):  # two affine maps x -> a x + b, one after the other
+        return earlier[0] * later[0], later[0] * earlier[1] + later[1]
+
+    return jax.lax.associative_scan(compose, (a, bu), reverse=reverse)[1]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def s5_scan(a_bar, bu, reset, state, parallel):
+    """States x (T, N, P) of x_t = a_bar (1 - reset_t) x_{t-1} + bu_t, from x_{-1} = state.
+
+    The paper's resettable operator carries the reset as a third element of the scan; setting a_bar to zero where an
+    episode starts gives the same states with two. `parallel` picks the associative scan, of logarithmic depth, or
+    the step-by-step one, which does less work and wins where nothing runs in parallel, on a CPU. The gradient is
+    the same recurrence run backwards in time, so it needs no more memory than x itself.
+
+    Shapes: a_bar (P,), bu (T, N, P), reset (T, N) bool, state (N, P); complex but for reset.
+    """
+    return linear_recurrence(a_bar, bu, reset, state, parallel)
+
+
+def s5_scan_forward(a_bar, bu, reset, state, parallel):
+    x = linear_recurrence(a_bar, bu, reset, state, parallel)
+    return x, (a_bar, reset, state, x)
+
+
+def s5_scan_backward(parallel, residuals, grad_x):
+    a_bar, reset, state, x = residuals
+    next_reset = jnp.concatenate([reset[1:], jnp.ones_like(reset[:1])])  # nothing comes after the last step
+    grad_bu = linear_recurrence(a_bar, grad_x, next_reset, jnp.zeros_like(state), parallel, reverse=True)
+    carried = jnp.where(reset[..., None], 0.0, grad_bu)  # (T, N, P), what flows on to x_{t-1}
+    grad_a_bar = (carried * jnp.concatenate([state[None], x[:-1]])).sum((0, 1))  # (P,)
+    return grad_a_bar, grad_bu, None, a_bar * carried[0]
+
+
+s5_scan.defvjp(s5_scan_forward, s5_scan_backward)
+
+
+class S5(nn.Module):
+    """Diagonal state space layer (paper, section 3; Smith et al. 2023): x' = Λx + Bu, y = 2 Re(Cx) + Du, sampled at Δ.
+
+    Call with state (N, P) complex64, u (T, N, D), reset (T, N) bool; returns the last state and y (T, N, D).
+    """
+
+    args: Args
+
+    @nn.compact
+    def __call__(self, state, u, reset):
+        (T, N, D), P = u.shape, self.args.state_size
+        hippo, vectors = hippo_normal(P)
+
+        # B and C start real and are turned into the eigenbasis. Real and imaginary parts are stored side by side as
+        # real parameters, so that the optimiser never sees a complex gradient.
+        def init_b(key):
+            b = vectors.conj().T @ jax.random.normal(key, (2 * P, D)) / np.sqrt(D)  # (P, D)
+            return jnp.concatenate([b.real, b.imag]).T  # (D, 2P)
+
+        def init_c(key):
+            c = jax.random.normal(key, (D, 2 * P)) @ vectors / np.sqrt(2 * P)  # (D, P)
+            return jnp.concatenate([c.real, -c.imag], axis=1).T  # (2P, D): Re(Cx) = Re(C) Re(x) - Im(C) Im(x)
+
+        def init_log_dt(key):
+            return jax.random.uniform(key, (P,), minval=np.log(self.args.dt_min), maxval=np.log(self.args.dt_max))
+
+        # The real part of Λ is minus an exponential: no gradient step can make the layer unstable.
+        log_decay = self.param("log_decay", lambda _: jnp.asarray(np.log(-hippo.real), jnp.float32))
+        frequency = self.param("frequency", lambda _: jnp.asarray(hippo.imag, jnp.float32))
+        b = self.param("B", init_b)
+        c = self.param("C", init_c)
+        d = self.param("D", nn.initializers.normal(1.0), (D,))
+        dt = jnp.exp(self.param("log_dt", init_log_dt))
+
+        lam = jax.lax.complex(-jnp.exp(log_decay), frequency)
+        a_bar = jnp.exp(lam * dt)  # (P,)
+        if self.args.zoh:
+            scale = (a_bar - 1) / lam
+        else:  # white noise of variance 1 keeps variance 1 in the state, whatever Δ: sqrt(1 - |a_bar|^2)
+            scale = jnp.sqrt(-jnp.expm1(2 * lam.real * dt))
+
+        # Products of real matrices with T and N flattened: complex ones, and weight gradients that contract over
+        # two axes at once, are several times slower on a CPU.
+        b_bar = jax.lax.complex(b[:, :P], b[:, P:]) * scale
+        bu = u.reshape(T * N, D) @ jnp.concatenate([b_bar.real, b_bar.imag], axis=1)  # (T*N, 2P)
+        bu = jax.lax.complex(bu[:, :P], bu[:, P:]).reshape(T, N, P)
+        x = s5_scan(a_bar, bu, reset, state, jax.default_backend() != "cpu")
+        re_im = jnp.concatenate([x.real, x.imag], axis=2).reshape(T * N, 2 * P)
+        y = 2 * (re_im @ c).reshape(T, N, D) + d * u
+        return x[-1], y
+
+
+class SequenceModel(nn.Module):
+    """Pre-norm residual blocks: LayerNorm, S5, GELU, gated linear unit.
+
+    carry: a tuple of S5 states, one a block. Call with x (T, N, D), reset (T, N); returns carry and y (T, N, D).
+    T is 1 when acting and num_steps when learning, and the numbers are the same.
+    """
+
+    args: Args
+
+    @nn.compact
+    def __call__(self, carry, x, reset):
+        T, N, D = x.shape
+        next_carry = []
+        for state in carry:
+            state, y = S5(self.args)(state, nn.LayerNorm()(x), reset)
+            y = nn.gelu(y).reshape(T * N, D)
+            x = x + (y * nn.sigmoid(nn.Dense(D)(y))).reshape(T, N, D)
+            next_carry.append(state)
+        return tuple(next_carry), x
+
+    def initial_carry(self, num_envs):
+        return (jnp.zeros((num_envs, self.args.state_size), jnp.complex64),) * self.args.num_layers
+
+
+# ==================================================================================================
+# Actor-critic
+# ==================================================================================================
+class ActorCritic(nn.Module):
+    """Encoder, sequence model, and one head each for the policy's logits (T, N, A) and the value (T, N)."""
+
+    args: Args
+    num_actions: int
+
+    @nn.compact
+    def __call__(self, carry, obs, reset):
+        T, N, O = obs.shape
+
+        def dense(x, size, scale=np.sqrt(2)):
+            return nn.Dense(size, kernel_init=nn.initializers.orthogonal(scale))(x)
+
+        x = nn.relu(dense(obs.reshape(T * N, O), self.args.encoder_size))
+        x = nn.relu(dense(x, self.args.d_model)).reshape(T, N, self.args.d_model)
+        carry, x = SequenceModel(self.args)(carry, x, reset)
+        x = x.reshape(T * N, self.args.d_model)
+
+        def head(size, scale):
+            hidden = nn.relu(dense(nn.relu(dense(x, self.args.head_size)), self.args.head_size))
+            return dense(hidden, size, scale)
+
+        logits = head(self.num_actions, 0.01).reshape(T, N, self.num_actions)  # 0.01: begin near uniform
+        return carry, logits, head(1, 1.0).reshape(T, N)
+
+
+# ==================================================================================================
+# PPO
+# ==================================================================================================
+class Transition(NamedTuple):
+    """A rollout, every field with leading axes (T, N)."""
+
+    obs: jax.Array
+    reset: jax.Array  # obs[t] is the first of an episode: what the memory goes by
+    action: jax.Array
+    log_prob: jax.Array
+    value: jax.Array
+    reward: jax.Array
+    done: jax.Array  # action[t] ended an episode: what the advantage goes by
+
+
+class TrainState(NamedTuple):
+    """All that training needs to go on: a checkpoint holds this and nothing else."""
+
+    params: dict
+    opt_state: tuple
+    env_state: EnvState
+    obs: jax.Array  # (N, O)
+    reset: jax.Array  # (N,)
+    carry: tuple  # the sequence model's memory before it has seen obs
+    key: jax.Array
+
+
+def gae(reward, value, done, last_value, gamma, gae_lambda):
+    """Generalised advantage estimates (T, N) (Schulman et al. 2016); last_value (N,) is V of what comes after T.
+
+    `done` stops both the bootstrap and the trace. Where a time limit is no real end, its value is already in reward.
+    """
+
+    def step(carry, inputs):
+        advantage, next_value = carry
+        reward, value, done = inputs
+        delta = reward + gamma * jnp.where(done, 0.0, next_value) - value
+        advantage = delta + gamma * gae_lambda * jnp.where(done, 0.0, advantage)
+        return (advantage, value), advantage
+
+    return jax.lax.scan(step, (jnp.zeros_like(last_value), last_value), (reward, value, done), reverse=True)[1]
+
+
+def categorical(logits, action):
+    """Log-probability of the action and entropy, both (...,), from logits (..., A) and action (...,)."""
+    log_p = jax.nn.log_softmax(logits)
+    log_prob = jnp.take_along_axis(log_p, action[..., None], axis=-1)[..., 0]
+    return log_prob, -(jnp.exp(log_p) * log_p).sum(-1)
+
+
+def ppo_loss(params, network, carry, batch, advantage, target, args):
+    """Clipped objective, value loss and entropy bonus (Schulman et al. 2017) of a minibatch of whole environments.
+
+    batch: Transition (T, M); carry: the memory, leading axis M, that the rollout began with; advantage, target (T, M).
+    Returns the scalar loss and a dict of scalars to log.
+    """
+    _, logits, value = network.apply(params, carry, batch.obs, batch.reset)
+    log_prob, entropy = categorical(logits, batch.action)
+    log_ratio = log_prob - batch.log_prob
+    ratio = jnp.exp(log_ratio)
+    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    clipped = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+    policy_loss = -jnp.minimum(ratio * advantage, clipped * advantage).mean()
+    value_loss = 0.5 * jnp.square(value - target).mean()
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy.mean()
+    return loss, {
+        "losses/policy_loss": policy_loss,
+        "losses/value_loss": value_loss,
+        "losses/entropy": entropy.mean(),
+        "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # k3 of Schulman's note: unbiased, never negative
+        "losses/clipfrac": (jnp.abs(ratio - 1) > args.clip_coef).mean(),
+    }
+
+
+def learning_rate_schedule(args):
+    """The step size as a function of the number of optimiser steps taken."""
+    if not args.anneal_lr:
+        return optax.constant_schedule(args.learning_rate)
+    steps = args.num_updates * args.update_epochs * args.num_minibatches
+    return optax.linear_schedule(args.learning_rate, 0.0, steps)
+
+
+def make_train(args, env):
+    """Two pure functions: `init(key)` gives a TrainState; `train(state)` runs updates_per_call updates on it."""
+    network = ActorCritic(args, env.num_actions)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(args.max_grad_norm), optax.adam(learning_rate_schedule(args), eps=1e-5)
+    )
+
+    def init(key) -> TrainState:
+        key, env_key, params_key = jax.random.split(key, 3)
+        env_state, first = env.reset(env_key, env.params, args.num_envs)
+        carry = SequenceModel(args).initial_carry(args.num_envs)
+        params = network.init(params_key, carry, first.obs[None], first.reset[None])
+        return TrainState(params, optimizer.init(params), env_state, first.obs, first.reset, carry, key)
+
+    def act(state: TrainState, _):
+        """One step of the rollout."""
+        key, action_key, env_key = jax.random.split(state.key, 3)
+        carry, logits, value = network.apply(state.params, state.carry, state.obs[None], state.reset[None])
+        action = jax.random.categorical(action_key, logits[0])
+        env_state, timestep = env.step(env_key, state.env_state, action, env.params)
+        reward = timestep.reward
+        if env.has_time_limit and not args.truncation_is_terminal:
+            # The episode would have gone on: add what it was still worth, judged with the memory of before the reset.
+            final_obs, no_reset = timestep.final_obs[None], jnp.zeros_like(state.reset)[None]
+            _, _, final_value = network.apply(state.params, carry, final_obs, no_reset)
+            reward += args.gamma * jnp.where(timestep.truncated, final_value[0], 0.0)
+        log_prob, _ = categorical(logits[0], action)
+        transition = Transition(state.obs, state.reset, action, log_prob, value[0], reward, timestep.done)
+        episodes = {
+            "episodes": timestep.done,
+            "charts/episodic_return": jnp.where(timestep.done, timestep.episode_return, 0.0),
+            "charts/episodic_length": jnp.where(timestep.done, timestep.episode_length, 0),
+        }
+        state = TrainState(state.params, state.opt_state, env_state, timestep.obs, timestep.reset, carry, key)
+        return state, (transition, jax.tree.map(jnp.sum, episodes))
+
+    def update(state: TrainState, _):
+        """One rollout, and update_epochs passes over it."""
+        first_carry = state.carry
+        state, (batch, episodes) = jax.lax.scan(act, state, length=args.num_steps)
+        _, _, last_value = network.apply(state.params, state.carry, state.obs[None], state.reset[None])
+        advantage = gae(batch.reward, batch.value, batch.done, last_value[0], args.gamma, args.gae_lambda)
+        target = advantage + batch.value
+
+        def learn(params_and_opt_state, env_ids):
+            """One gradient step on the environments env_ids (M,), over the whole length of the rollout."""
+            params, opt_state = params_and_opt_state
+            carry = jax.tree.map(lambda x: x[env_ids], first_carry)
+            minibatch = jax.tree.map(lambda x: x[:, env_ids], (batch, advantage, target))
+            grads, losses = jax.grad(ppo_loss, has_aux=True)(params, network, carry, *minibatch, args)
+            losses["losses/grad_norm"] = optax.global_norm(grads)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), losses
+
+        key, *epoch_keys = jax.random.split(state.key, 1 + args.update_epochs)
+        order = jnp.concatenate([jax.random.permutation(k, args.num_envs) for k in epoch_keys])
+        order = order.reshape(args.update_epochs * args.num_minibatches, -1)  # (gradient steps, M)
+        (params, opt_state), losses = jax.lax.scan(learn, (state.params, state.opt_state), order)
+        losses["losses/explained_variance"] = 1 - (target - batch.value).var() / (target.var() + 1e-8)
+        state = state._replace(params=params, opt_state=opt_state, key=key)
+        return state, (jax.tree.map(jnp.mean, losses), jax.tree.map(jnp.sum, episodes))
+
+    def train(state: TrainState) -> tuple[TrainState, dict]:
+        """Metrics are means over updates; of episodes, sums over all that ended, for the host to divide."""
+        state, (losses, episodes) = jax.lax.scan(update, state, length=args.updates_per_call)
+        return state, jax.tree.map(jnp.mean, losses) | jax.tree.map(jnp.sum, episodes)
+
+    return init, train
+
+
+# ==================================================================================================
+# Evaluation
+# ==================================================================================================
+class EvalState(NamedTuple):
+    env_state: EnvState
+    timestep: Timestep
+    carry: tuple
+    key: jax.Array
+    finished: jax.Array  # (E,) bool
+    episode_return: jax.Array  # (E,) of the first episode
+    episode_length: jax.Array  # (E,)
+
+
+def evaluate(params, key, env_params, greedy, args, env):
+    """Returns and lengths, (E,) each, of one whole episode in each of E = eval_episodes environments.
+
+    One episode in each, not the first E to end: those would be the short ones. Actions are the most likely ones if
+    `greedy`, else sampled.
+    """
+    network = ActorCritic(args, env.num_actions)
+    key, env_key = jax.random.split(key)
+    env_state, timestep = env.reset(env_key, env_params, args.eval_episodes)
+    carry = SequenceModel(args).initial_carry(args.eval_episodes)
+
+    def step(s: EvalState) -> EvalState:
+        key, action_key, env_key = jax.random.split(s.key, 3)
+        carry, logits, _ = network.apply(params, s.carry, s.timestep.obs[None], s.timestep.reset[None])
+        action = jnp.where(greedy, logits[0].argmax(-1), jax.random.categorical(action_key, logits[0]))
+        env_state, timestep = env.step(env_key, s.env_state, action, env_params)
+        return EvalState(
+            env_state,
+            timestep,
+            carry,
+            key,
+            s.finished | timestep.done,
+            jnp.where(s.finished, s.episode_return, timestep.episode_return),
+            jnp.where(s.finished, s.episode_length, timestep.episode_length),
+        )
+
+    start = EvalState(env_state, timestep, carry, key, timestep.done, timestep.episode_return, timestep.episode_length)
+    end = jax.lax.while_loop(lambda s: ~s.finished.all(), step, start)
+    return end.episode_return, end.episode_length
+
+
+# ==================================================================================================
+# Run directory
+# ==================================================================================================
+def new_run_dir(args) -> Path:
+    task = f"{args.env_id}-{args.memory_length}" if args.env_id == "MemoryChain-bsuite" else args.env_id
+    run_dir = Path("runs") / f"{Path(__file__).stem}__{task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir.mkdir(parents=True)
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent, capture_output=True, text=True
+    )
+    config = {
+        "args": dataclasses.asdict(args) | {"resume": None},
+        "command": " ".join(sys.argv),
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "gymnax")},
+        "git_commit": git.stdout.strip() or None,
+    }
+    (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return run_dir
+
+
+class MetricsLog:
+    """Appends rows to metrics.csv and TensorBoard and, with --track, to Weights & Biases."""
+
+    def __init__(self, run_dir, args, last_update):
+        from tensorboardX import SummaryWriter
+
+        self.path, self.args, self.rows = run_dir / "metrics.csv", args, []
+        if self.path.exists():  # a resumed run: forget what was logged after its last checkpoint
+            with self.path.open(newline="") as f:
+                self.rows = [row for row in csv.DictReader(f) if int(row["update"]) <= last_update]
+            self.path.unlink()
+        self.file, self.csv = None, None
+        self.seeds = range(args.seed, args.seed + args.num_seeds)
+        self.writers = [
+            SummaryWriter(str(run_dir / "tensorboard" / f"seed_{seed}"), purge_step=last_update * args.batch_size + 1)
+            for seed in self.seeds
+        ]
+        for row in self.rows:
+            self._append(row)
+        if args.track:
+            import wandb
+
+            self.wandb = wandb.init(
+                project=args.wandb_project_name, id=run_dir.name, resume="allow", config=dataclasses.asdict(args)
+            )
+
+    def _append(self, row):
+        if self.csv is None:
+            self.file = self.path.open("w", newline="")
+            self.csv = csv.DictWriter(self.file, row)
+            self.csv.writeheader()
+        self.csv.writerow(row)
+        self.file.flush()
+
+    def write(self, update, metrics, steps_per_second):
+        """metrics: a dict of arrays (num_seeds,), as `train` returns them."""
+        step = update * self.args.batch_size
+        gradient_steps = update * self.args.update_epochs * self.args.num_minibatches
+        for i, seed in enumerate(self.seeds):
+            row = {name: float(values[i]) for name, values in metrics.items()}
+            episodes = int(row.pop("episodes"))
+            for name in ("charts/episodic_return", "charts/episodic_length"):
+                row[name] = row[name] / episodes if episodes else ""  # nothing ended: no number, not a zero
+            row["charts/learning_rate"] = float(learning_rate_schedule(self.args)(gradient_steps - 1))
+            row["charts/SPS"] = round(steps_per_second)
+            self.rows.append({"update": update, "global_step": step, "seed": seed, "episodes": episodes} | row)
+            self._append(self.rows[-1])
+            scalars = {name: value for name, value in row.items() if value != ""}
+            for name, value in scalars.items():
+                self.writers[i].add_scalar(name, value, step)
+            if self.args.track:
+                prefix = f"seed_{seed}/" if self.args.num_seeds > 1 else ""
+                self.wandb.log({prefix + name: value for name, value in scalars.items()} | {"global_step": step})
+
+    def close(self):
+        for writer in self.writers:
+            writer.close()
+        if self.args.track:
+            self.wandb.finish()
+
+
+def plot_learning_curve(path, rows, args, chance):
+    """Mean episodic return against environment steps, with its 95 % interval over seeds, and each seed."""
+    import matplotlib
+    from scipy import stats
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    curves = {}  # step: the returns of the seeds that had an episode end
+    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    for seed in range(args.seed, args.seed + args.num_seeds):
+        points = [
+            (int(r["global_step"]), float(r["charts/episodic_return"]))
+            for r in rows
+            if int(r["seed"]) == seed and r["charts/episodic_return"] != ""
+        ]
+        for step, value in points:
+            curves.setdefault(step, []).append(value)
+        if args.num_seeds > 1:
+            ax.plot(*zip(*points, strict=True), color="C0", alpha=0.3, linewidth=0.8)
+    steps = sorted(step for step, values in curves.items() if len(values) == args.num_seeds)
+    mean = np.array([np.mean(curves[step]) for step in steps])
+    ax.plot(
+        steps, mean, color="C0", label=f"mean of {args.num_seeds} seeds" if args.num_seeds > 1 else f"seed {args.seed}"
+    )
+    if args.num_seeds > 1:
+        half = [stats.sem(curves[step]) * stats.t.ppf(0.975, args.num_seeds - 1) for step in steps]
+        ax.fill_between(steps, mean - half, mean + half, color="C0", alpha=0.2, linewidth=0, label="95 % interval")
+    ax.axhline(chance, color="grey", linestyle="--", linewidth=1, label="chance: uniformly random actions")
+    task = f"memory length {args.memory_length}" if args.env_id == "MemoryChain-bsuite" else args.env_id
+    ax.set(xlabel="environment steps", ylabel="episodic return", title=f"{Path(__file__).stem}, {task}")
+    ax.legend(loc="lower right")
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+# ==================================================================================================
+# Main
+# ==================================================================================================
+def over_seeds(function, args):
+    """vmap over the leading axis of seeds; a single seed is unwrapped instead, which compiles and runs faster."""
+    if args.num_seeds > 1:
+        return jax.vmap(function)
+    return lambda x: jax.tree.map(lambda y: y[None], function(jax.tree.map(lambda y: y[0], x)))
+
+
+def setup() -> tuple[Args, Environment]:
+    """Flags and environment, or one line on stderr and exit code 2."""
+    args = tyro.cli(Args, description=__doc__)
+    try:
+        if args.resume:
+            if args != dataclasses.replace(Args(), resume=args.resume):
+                raise ValueError("--resume continues a run with the flags it was started with: drop the other flags")
+            config = args.resume / "config.json"
+            if not config.is_file() or not (args.resume / "checkpoint").is_dir():
+                raise ValueError(
+                    f"--resume {args.resume} holds no config.json and checkpoint/: name a run directory under runs/"
+                )
+            args = Args(**json.loads(config.read_text())["args"] | {"resume": args.resume})
+        args.check()
+        if args.track and not importlib.util.find_spec("wandb"):
+            raise ValueError("--track needs Weights & Biases, which is not installed: pip install wandb")
+        return args, Environment(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def main():
+    start_time = time.time()
+    args, env = setup()
+    import orbax.checkpoint as ocp
+
+    console = Console()
+    jax.config.update("jax_default_matmul_precision", "default" if args.tf32 else "highest")
+    run_dir = args.resume or new_run_dir(args)
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+
+    init, train = make_train(args, env)
+    state = jax.jit(over_seeds(init, args))(keys)
+    checkpoints = ocp.CheckpointManager(
+        (run_dir / "checkpoint").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1)
+    )
+    update = checkpoints.latest_step() or 0
+    if update:
+        state = checkpoints.restore(update, args=ocp.args.StandardRestore(state))
+    size = sum(x.size for x in jax.tree.leaves(state.params)) // args.num_seeds
+    console.print(
+        f"{run_dir}: {size:,} parameters, {args.num_updates * args.batch_size:,} steps in {args.num_updates:,} updates "
+        f"of {args.num_envs} x {args.num_steps}, {args.num_seeds} seed(s), {jax.devices()[0].device_kind}"
+    )
+
+    # Ctrl-C and kill end the loop after the call in flight; a second one ends the program at once.
+    signals = []
+
+    def on_signal(number, _):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+    compile_start = time.time()
+    train = jax.jit(over_seeds(train, args), donate_argnums=0).lower(state).compile()
+    compile_seconds = time.time() - compile_start
+    eval_fn = jax.jit(jax.vmap(partial(evaluate, args=args, env=env), (0, 0, None, None)))
+    eval_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+    zero_params = jax.tree.map(jnp.zeros_like, state.params)  # all logits equal: uniformly random actions
+    chance = float(eval_fn(zero_params, eval_keys, env.params, False)[0].mean())
+
+    log = MetricsLog(run_dir, args, update)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("", total=args.num_updates, completed=update)
+        last_save = loop_start = time.time()
+        device_seconds, first_update = 0.0, update
+        while update < args.num_updates and not signals:
+            call_start = time.time()
+            state, metrics = train(state)
+            metrics = jax.tree.map(np.asarray, metrics)  # waits for the device
+            call_seconds = time.time() - call_start
+            device_seconds += call_seconds
+            update += args.updates_per_call
+            steps_per_second = args.updates_per_call * args.batch_size * args.num_seeds / call_seconds
+            log.write(update, metrics, steps_per_second)
+            episodes = metrics["episodes"].sum()
+            score = f"{metrics['charts/episodic_return'].sum() / episodes:.2f}" if episodes else "–"
+            progress.update(bar, completed=update, description=f"return {score}  {steps_per_second:,.0f} steps/s")
+            if time.time() - last_save > args.checkpoint_interval and update < args.num_updates:
+                checkpoints.save(update, args=ocp.args.StandardSave(state))
+                last_save = time.time()
+    loop_seconds = time.time() - loop_start
+    if checkpoints.latest_step() != update:
+        checkpoints.save(update, args=ocp.args.StandardSave(state))
+    checkpoints.wait_until_finished()
+    log.close()
+    if log.rows:
+        plot_learning_curve(run_dir / "learning_curve.png", log.rows, args, chance)
+    if update < args.num_updates:
+        console.print(f"stopped after update {update}; continue with: python {sys.argv[0]} --resume {run_dir}")
+        raise SystemExit(128 + signals[0])
+
+    # The memory task is also asked at lengths it was not trained on.
+    lengths = [args.memory_length] if args.env_id == "MemoryChain-bsuite" else []
+    lengths = [max(1, length * factor // 2) for length in lengths for factor in (1, 2, 4, 8)]
+    variants = {f"memory {n}": env.params.replace(memory_length=n) for n in lengths} or {"return": env.params}
+    table = Table("seed", *variants, title="greedy episodes: " + ("success rate" if lengths else "mean return"))
+    results = []
+    for env_params in variants.values():
+        returns, episode_lengths = jax.tree.map(np.asarray, eval_fn(state.params, eval_keys, env_params, True))
+        for i, seed in enumerate(seeds):
+            result = {"seed": seed, "episodes": args.eval_episodes, "mean_return": float(returns[i].mean())}
+            result |= {"std_return": float(returns[i].std()), "mean_length": float(episode_lengths[i].mean())}
+            if lengths:
+                result |= {"memory_length": env_params.memory_length, "success_rate": float((returns[i] > 0).mean())}
+            results.append(result)
+    for i, seed in enumerate(seeds):
+        cells = results[i :: args.num_seeds]
+        table.add_row(str(seed), *(f"{cell.get('success_rate', cell['mean_return']):.2f}" for cell in cells))
+    console.print(table)
+    steps = (update - first_update) * args.batch_size * args.num_seeds
+    timing = {
+        "total_seconds": time.time() - start_time,
+        "compile_seconds": compile_seconds,
+        "steps_per_second": steps / loop_seconds,
+        "host_share": 1 - device_seconds / loop_seconds if steps else 0.0,
+    }
+    console.print("  ".join(f"{name} {value:,.3g}" for name, value in timing.items()))
+    (run_dir / "eval.json").write_text(
+        json.dumps({"chance_return": chance, "results": results} | timing, indent=2) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
