@@ -16,7 +16,28 @@
 #     "tyro>=1,<2",
 # ]
 # ///
-"""DOCSTRING"""
+"""Resettable S5 and PPO solve bsuite's memory length (Lu et al. 2023, section 4.1: arXiv 2303.03982).
+
+The agent sees a cue, +1 or -1, at the start of an episode, then nothing of use for --memory-length steps, and is asked
+for the cue at the end. Its memory is S5, a linear state space layer whose state can be started from a stored value and
+reset in the middle of a parallel scan, so that PPO learns from whole rollouts, whatever episodes begin and end in them.
+
+    python s5_ppo_memory.py                        # length 128, one minute on a laptop's CPU
+    python benchmarks/memory_length.py             # the paper's figure; its `flags` are those for long memories
+    python s5_ppo_memory.py --env-id CartPole-v1   # any gymnax environment with a flat Box and Discrete actions
+    python s5_ppo_memory.py --resume runs/RUN      # goes on after Ctrl-C or a kill
+
+EXPECT
+
+Where this departs from the paper, and why:
+- PPO on many environments, not A2C on one: it fills the machine, and is what people use.
+- The reset is a zero in the transition of a two-element scan. It gives the same states as the paper's three-element
+  operator (tests/test_s5.py compares them) for less work.
+- The input is scaled to unit variance, sqrt(1 - |a_bar|^2), as in the Linear Recurrent Unit (Orvieto et al. 2023), not
+  by zero-order hold, which scales a cue by Δ, so that slow states hardly see it. ZOH
+- The agent also sees its previous action and reward and a reset flag, right at every episode's start.
+- The critic's last layer starts near zero: see ActorCritic.
+"""
 
 import csv
 import dataclasses
@@ -53,11 +74,11 @@ class Args:
     """first seed; K seeds are SEED, SEED + 1, ..., SEED + K - 1"""
     num_seeds: int = 1
     """K, independent seeds trained side by side on one device"""
-    total_timesteps: int = 1_500_000
+    total_timesteps: int = 500_000
     """environment steps of each seed, rounded up to whole log intervals"""
     log_interval: int = 10
     """updates in one jitted call, and in one row of metrics.csv"""
-    checkpoint_interval: float = 60.0
+    checkpoint_interval: int = 60
     """seconds between checkpoints; the last update is always saved"""
     resume: Path | None = None
     """run directory to continue; the run keeps its own flags, so this one stands alone"""
@@ -141,28 +162,38 @@ class Args:
 
     def check(self) -> None:
         """Raises ValueError, in one line, for values that cannot work."""
-        at_least = {"num_layers": 0, "learning_rate": 0, "ent_coef": 0, "vf_coef": 0, "seed": 0}
-        at_least |= {"gamma": 0, "gae_lambda": 0, "checkpoint_interval": 0}
+        minimum = {
+            "num_layers": 0,
+            "checkpoint_interval": 0,
+            "seed": 0,
+            "learning_rate": 0,
+            "ent_coef": 0,
+            "vf_coef": 0,
+            "gamma": 0,
+            "gae_lambda": 0,
+        }
         for f in dataclasses.fields(self):
-            value, low = getattr(self, f.name), at_least.get(f.name, 1 if f.type is int else None)
-            flag = "--" + f.name.replace("_", "-")
-            if low is not None and value < low:
-                raise ValueError(f"{flag} {value} is too small: use {low} or more")
+            flag, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
+            if (
+                f.type is int
+                and value < minimum.get(f.name, 1)
+                or f.type is float
+                and value < minimum.get(f.name, 1e-9)
+            ):
+                raise ValueError(f"{flag} {value} is too small: use {minimum.get(f.name, 'more than 0')} or more")
             if f.name in ("gamma", "gae_lambda") and value > 1:
                 raise ValueError(f"{flag} {value} is too large: use 1 or less")
-            if f.name in ("dt_min", "clip_coef", "max_grad_norm") and value <= 0:
-                raise ValueError(f"{flag} {value} must be positive")
         if self.dt_max < self.dt_min:
             raise ValueError(f"--dt-max {self.dt_max} is below --dt-min {self.dt_min}: swap them")
         if self.num_envs % self.num_minibatches:
             raise ValueError(
-                f"--num-envs {self.num_envs} cannot be split into --num-minibatches {self.num_minibatches} of "
-                f"whole environments: use {self.num_envs // self.num_minibatches * self.num_minibatches or self.num_minibatches} environments"
+                f"--num-envs {self.num_envs} is not divisible by --num-minibatches {self.num_minibatches}, and a "
+                f"minibatch holds whole environments: use {-(-self.num_envs // self.num_minibatches) * self.num_minibatches}"
             )
         if self.total_timesteps < self.batch_size:
             raise ValueError(
-                f"--total-timesteps {self.total_timesteps} is less than one rollout of --num-envs {self.num_envs} "
-                f"x --num-steps {self.num_steps}: use {self.batch_size} or more"
+                f"--total-timesteps {self.total_timesteps} is less than a rollout of --num-envs {self.num_envs} times "
+                f"--num-steps {self.num_steps}: use {self.batch_size} or more"
             )
 
 
@@ -339,15 +370,15 @@ class S5(nn.Module):
         (T, N, D), P = u.shape, self.args.state_size
         hippo, vectors = hippo_normal(P)
 
-        # B and C start real and are turned into the eigenbasis. Real and imaginary parts are stored side by side as
-        # real parameters, so that the optimiser never sees a complex gradient.
+        # B and C start real and are turned into the eigenbasis. Real and imaginary parts are separate real parameters:
+        # the optimiser never sees a complex gradient, and products of real matrices are faster.
         def init_b(key):
             b = vectors.conj().T @ jax.random.normal(key, (2 * P, D)) / np.sqrt(D)  # (P, D)
-            return jnp.concatenate([b.real, b.imag]).T  # (D, 2P)
+            return jnp.stack([b.real.T, b.imag.T])  # (2, D, P)
 
         def init_c(key):
             c = jax.random.normal(key, (D, 2 * P)) @ vectors / np.sqrt(2 * P)  # (D, P)
-            return jnp.concatenate([c.real, -c.imag], axis=1).T  # (2P, D): Re(Cx) = Re(C) Re(x) - Im(C) Im(x)
+            return jnp.stack([c.real.T, c.imag.T])  # (2, P, D)
 
         def init_log_dt(key):
             return jax.random.uniform(key, (P,), minval=np.log(self.args.dt_min), maxval=np.log(self.args.dt_max))
@@ -362,20 +393,17 @@ class S5(nn.Module):
 
         lam = jax.lax.complex(-jnp.exp(log_decay), frequency)
         a_bar = jnp.exp(lam * dt)  # (P,)
-        if self.args.zoh:
-            scale = (a_bar - 1) / lam
-        else:  # white noise of variance 1 keeps variance 1 in the state, whatever Δ: sqrt(1 - |a_bar|^2)
-            scale = jnp.sqrt(-jnp.expm1(2 * lam.real * dt))
+        # Unit variance: white noise of variance 1 gives every state variance 1, whatever its Δ.
+        scale = (a_bar - 1) / lam if self.args.zoh else jnp.sqrt(-jnp.expm1(2 * lam.real * dt))
 
-        # Products of real matrices with T and N flattened: complex ones, and weight gradients that contract over
-        # two axes at once, are several times slower on a CPU.
-        b_bar = jax.lax.complex(b[:, :P], b[:, P:]) * scale
-        bu = u.reshape(T * N, D) @ jnp.concatenate([b_bar.real, b_bar.imag], axis=1)  # (T*N, 2P)
-        bu = jax.lax.complex(bu[:, :P], bu[:, P:]).reshape(T, N, P)
+        # Matrix products see T and N as one axis: a weight gradient that sums over two is three times slower on a CPU.
+        b_bar = jax.lax.complex(b[0], b[1]) * scale
+        u_flat = u.reshape(T * N, D)
+        bu = jax.lax.complex(u_flat @ b_bar.real, u_flat @ b_bar.imag).reshape(T, N, P)
         x = s5_scan(a_bar, bu, reset, state, jax.default_backend() != "cpu")
-        re_im = jnp.concatenate([x.real, x.imag], axis=2).reshape(T * N, 2 * P)
-        y = 2 * (re_im @ c).reshape(T, N, D) + d * u
-        return x[-1], y
+        x_flat = x.reshape(T * N, P)
+        y = 2 * (x_flat.real @ c[0] - x_flat.imag @ c[1]) + d * u_flat  # 2 Re(Cx) + Du
+        return x[-1], y.reshape(T, N, D)
 
 
 class SequenceModel(nn.Module):
@@ -427,8 +455,10 @@ class ActorCritic(nn.Module):
             hidden = nn.relu(dense(nn.relu(dense(x, self.args.head_size)), self.args.head_size))
             return dense(hidden, size, scale)
 
-        logits = head(self.num_actions, 0.01).reshape(T, N, self.num_actions)  # 0.01: begin near uniform
-        return carry, logits, head(1, 1.0).reshape(T, N)
+        # Both begin near zero. A random value function would look like advantages, and where rewards are rare
+        # normalisation blows those up until the policy has drifted to a corner before the first reward counts.
+        logits = head(self.num_actions, 0.01).reshape(T, N, self.num_actions)
+        return carry, logits, head(1, 0.01).reshape(T, N)
 
 
 # ==================================================================================================
@@ -649,57 +679,51 @@ def new_run_dir(args) -> Path:
 
 
 class MetricsLog:
-    """Appends rows to metrics.csv and TensorBoard and, with --track, to Weights & Biases."""
+    """Appends a row a call and seed to metrics.csv, TensorBoard and, with --track, Weights & Biases."""
 
     def __init__(self, run_dir, args, last_update):
         from tensorboardX import SummaryWriter
 
-        self.path, self.args, self.rows = run_dir / "metrics.csv", args, []
-        if self.path.exists():  # a resumed run: forget what was logged after its last checkpoint
-            with self.path.open(newline="") as f:
-                self.rows = [row for row in csv.DictReader(f) if int(row["update"]) <= last_update]
-            self.path.unlink()
-        self.file, self.csv = None, None
-        self.seeds = range(args.seed, args.seed + args.num_seeds)
-        self.writers = [
-            SummaryWriter(str(run_dir / "tensorboard" / f"seed_{seed}"), purge_step=last_update * args.batch_size + 1)
-            for seed in self.seeds
-        ]
-        for row in self.rows:
-            self._append(row)
+        self.path, self.args = run_dir / "metrics.csv", args
+        if self.path.exists():  # a resumed run: forget what was logged after its checkpoint
+            rows = last_update // args.updates_per_call * args.num_seeds
+            self.path.write_text("".join(self.path.read_text().splitlines(keepends=True)[: 1 + rows]))
+        first_step = last_update * args.batch_size + 1
+        folders = [run_dir / "tensorboard" / f"seed_{args.seed + i}" for i in range(args.num_seeds)]
+        self.writers = [SummaryWriter(str(folder), purge_step=first_step) for folder in folders]
         if args.track:
             import wandb
 
-            self.wandb = wandb.init(
-                project=args.wandb_project_name, id=run_dir.name, resume="allow", config=dataclasses.asdict(args)
-            )
-
-    def _append(self, row):
-        if self.csv is None:
-            self.file = self.path.open("w", newline="")
-            self.csv = csv.DictWriter(self.file, row)
-            self.csv.writeheader()
-        self.csv.writerow(row)
-        self.file.flush()
+            config = json.loads((run_dir / "config.json").read_text())
+            self.wandb = wandb.init(project=args.wandb_project_name, id=run_dir.name, resume="allow", config=config)
 
     def write(self, update, metrics, steps_per_second):
-        """metrics: a dict of arrays (num_seeds,), as `train` returns them."""
-        step = update * self.args.batch_size
-        gradient_steps = update * self.args.update_epochs * self.args.num_minibatches
-        for i, seed in enumerate(self.seeds):
+        """metrics: what `train` returns, with a leading axis of seeds."""
+        args, step = self.args, update * self.args.batch_size
+        gradient_steps = update * args.update_epochs * args.num_minibatches
+        for i, writer in enumerate(self.writers):
             row = {name: float(values[i]) for name, values in metrics.items()}
-            episodes = int(row.pop("episodes"))
-            for name in ("charts/episodic_return", "charts/episodic_length"):
-                row[name] = row[name] / episodes if episodes else ""  # nothing ended: no number, not a zero
-            row["charts/learning_rate"] = float(learning_rate_schedule(self.args)(gradient_steps - 1))
+            episodes = row.pop("episodes")
+            for name in ("charts/episodic_return", "charts/episodic_length"):  # sums so far
+                row[name] = row[name] / episodes if episodes else None  # nothing ended: no number, not a zero
+            row["charts/learning_rate"] = float(learning_rate_schedule(args)(gradient_steps - 1))
             row["charts/SPS"] = round(steps_per_second)
-            self.rows.append({"update": update, "global_step": step, "seed": seed, "episodes": episodes} | row)
-            self._append(self.rows[-1])
-            scalars = {name: value for name, value in row.items() if value != ""}
+            with self.path.open("a", newline="") as f:
+                row_csv = {
+                    "update": update,
+                    "global_step": step,
+                    "seed": args.seed + i,
+                    "episodes": int(episodes),
+                } | row
+                table = csv.DictWriter(f, row_csv)
+                if f.tell() == 0:
+                    table.writeheader()
+                table.writerow(row_csv)
+            scalars = {name: value for name, value in row.items() if value is not None}
             for name, value in scalars.items():
-                self.writers[i].add_scalar(name, value, step)
-            if self.args.track:
-                prefix = f"seed_{seed}/" if self.args.num_seeds > 1 else ""
+                writer.add_scalar(name, value, step)
+            if args.track:
+                prefix = f"seed_{args.seed + i}/" if args.num_seeds > 1 else ""
                 self.wandb.log({prefix + name: value for name, value in scalars.items()} | {"global_step": step})
 
     def close(self):
@@ -709,39 +733,29 @@ class MetricsLog:
             self.wandb.finish()
 
 
-def plot_learning_curve(path, rows, args, chance):
-    """Mean episodic return against environment steps, with its 95 % interval over seeds, and each seed."""
+def plot_learning_curve(run_dir, args, chance):
+    """learning_curve.png from metrics.csv: mean return over seeds, its 95 % interval (Student's t), and each seed."""
     import matplotlib
     from scipy import stats
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    curves = {}  # step: the returns of the seeds that had an episode end
+    with (run_dir / "metrics.csv").open(newline="") as f:
+        rows = [(float(row["global_step"]), float(row["charts/episodic_return"] or "nan")) for row in csv.DictReader(f)]
+    curve = np.array(rows).reshape(-1, args.num_seeds, 2)  # (calls, seeds, step and return)
+    curve = curve[~np.isnan(curve).any(axis=(1, 2))]  # leave out where no episode ended
+    steps, returns, mean = curve[:, 0, 0], curve[..., 1], curve[..., 1].mean(axis=1)
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for seed in range(args.seed, args.seed + args.num_seeds):
-        points = [
-            (int(r["global_step"]), float(r["charts/episodic_return"]))
-            for r in rows
-            if int(r["seed"]) == seed and r["charts/episodic_return"] != ""
-        ]
-        for step, value in points:
-            curves.setdefault(step, []).append(value)
-        if args.num_seeds > 1:
-            ax.plot(*zip(*points, strict=True), color="C0", alpha=0.3, linewidth=0.8)
-    steps = sorted(step for step, values in curves.items() if len(values) == args.num_seeds)
-    mean = np.array([np.mean(curves[step]) for step in steps])
-    ax.plot(
-        steps, mean, color="C0", label=f"mean of {args.num_seeds} seeds" if args.num_seeds > 1 else f"seed {args.seed}"
-    )
     if args.num_seeds > 1:
-        half = [stats.sem(curves[step]) * stats.t.ppf(0.975, args.num_seeds - 1) for step in steps]
+        half = stats.sem(returns, axis=1) * stats.t.ppf(0.975, args.num_seeds - 1)
+        ax.plot(steps, returns, color="C0", alpha=0.3, linewidth=0.8)
         ax.fill_between(steps, mean - half, mean + half, color="C0", alpha=0.2, linewidth=0, label="95 % interval")
+    ax.plot(steps, mean, color="C0", label=f"mean of {args.num_seeds} seed(s)")
     ax.axhline(chance, color="grey", linestyle="--", linewidth=1, label="chance: uniformly random actions")
-    task = f"memory length {args.memory_length}" if args.env_id == "MemoryChain-bsuite" else args.env_id
-    ax.set(xlabel="environment steps", ylabel="episodic return", title=f"{Path(__file__).stem}, {task}")
-    ax.legend(loc="lower right")
-    fig.savefig(path, dpi=150)
+    ax.set(xlabel="environment steps", ylabel="episodic return", title=run_dir.name.rsplit("__", 2)[0])
+    ax.legend()
+    fig.savefig(run_dir / "learning_curve.png", dpi=150)
     plt.close(fig)
 
 
@@ -846,8 +860,8 @@ def main():
         checkpoints.save(update, args=ocp.args.StandardSave(state))
     checkpoints.wait_until_finished()
     log.close()
-    if log.rows:
-        plot_learning_curve(run_dir / "learning_curve.png", log.rows, args, chance)
+    if update:
+        plot_learning_curve(run_dir, args, chance)
     if update < args.num_updates:
         console.print(f"stopped after update {update}; continue with: python {sys.argv[0]} --resume {run_dir}")
         raise SystemExit(128 + signals[0])

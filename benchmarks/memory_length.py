@@ -1,0 +1,129 @@
+"""Success at memory lengths from 4 to 4,096 after at most 10,000 episodes of each seed, beside the paper's figure.
+
+    python benchmarks/memory_length.py                    # every length, 5 seeds: about 8 hours on 2 cores
+    python benchmarks/memory_length.py --lengths 512      # one length; the table keeps the others
+    python benchmarks/memory_length.py --lengths          # draw the stored table again
+
+Each length is one run of s5_ppo_memory.py with the flags that `flags` makes of it. Writes memory_length.csv, a row a
+length and seed, and memory_length.png beside this file.
+"""
+
+import csv
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import tyro
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+HERE = Path(__file__).resolve().parent
+LENGTHS = tuple(2**n for n in range(2, 13))
+# Figure 2 of the paper, mean return read off the plot to about 0.02; A2C, one environment, 10,000 episodes, 5 seeds.
+PAPER = {
+    "S5": {4: 1, 8: 1, 16: 1, 32: 1, 64: 1, 128: 1, 256: 1, 512: 1, 1024: 0.5, 2048: 0},
+    "LSTM": {4: 1, 8: 1, 16: 0.85, 32: 0.5, 64: 0.1, 128: 0.2, 256: 0.35, 512: 0.25, 1024: -0.05, 2048: 0.1},
+    "self-attention": {4: 1, 8: 1, 16: 1, 32: 0.75, 64: 1, 128: 1, 256: 1, 512: 0.7, 1024: -0.25, 2048: 0.05},
+}
+
+
+@dataclass
+class Args:
+    lengths: list[int] = field(default_factory=lambda: list(LENGTHS))
+    """memory lengths to run"""
+    num_seeds: int = 5
+    """seeds 0, 1, ... of each length"""
+    episodes: int = 5_000
+    """training episodes of each seed; the paper has 10,000"""
+
+
+def flags(length, args):
+    """The rollout spans two episodes, so that every gradient reaches from the question back to its cue."""
+    num_steps = max(128, 2 * length)
+    return {
+        "memory-length": length,
+        "num-seeds": args.num_seeds,
+        "total-timesteps": max(args.episodes * (length + 1), 16 * num_steps),
+        "num-envs": 16,
+        "num-steps": num_steps,
+        "update-epochs": 8,
+        "learning-rate": 3e-4,
+        "gae-lambda": 0.0,  # one action counts: credit spread over the ones before it is noise
+        "ent-coef": 0.1,  # noise alone drives the policy to a corner long before the cue is found
+        "dt-min": min(1e-3, 0.4 / length),
+    }
+
+
+def train(length, args):
+    """Runs one length; rows for the table."""
+    command = [sys.executable, str(HERE.parent / "s5_ppo_memory.py"), "--anneal-lr"]
+    command += [str(x) for name, value in flags(length, args).items() for x in (f"--{name}", value)]
+    print(" ".join(command[1:]), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(command, cwd=folder, check=True)
+        (run_dir,) = Path(folder, "runs").iterdir()
+        evaluation = json.loads((run_dir / "eval.json").read_text())
+        device = json.loads((run_dir / "config.json").read_text())["device"]
+        metrics = read(run_dir / "metrics.csv")
+    rows = []
+    for result in evaluation["results"]:
+        if result["memory_length"] != length:
+            continue
+        mine = [row for row in metrics if int(row["seed"]) == result["seed"]]
+        solved = [int(row["global_step"]) for row in mine if float(row["charts/episodic_return"] or "nan") >= 0.5]
+        rows.append(
+            {
+                "length": length,
+                "seed": result["seed"],
+                "greedy_return": round(result["mean_return"], 4),
+                "episodes": int(mine[-1]["global_step"]) // (length + 1),
+                "episodes_to_return_0.5": solved[0] // (length + 1) if solved else None,
+                "seconds_all_seeds": round(evaluation["total_seconds"]),
+                "device": device,
+            }
+        )
+    return rows
+
+
+def read(path):
+    if not path.exists():
+        return []
+    with path.open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def main():
+    args = tyro.cli(Args, description=__doc__)
+    path = HERE / "memory_length.csv"
+    for length in args.lengths:
+        rows = train(length, args)
+        rows += [row for row in read(path) if int(row["length"]) != length]
+        with path.open("w", newline="") as f:
+            writer = csv.DictWriter(f, rows[0])
+            writer.writeheader()
+            writer.writerows(sorted(rows, key=lambda row: int(row["length"])))
+    table = read(path)
+
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    for (name, curve), color in zip(PAPER.items(), ("C0", "C1", "C2"), strict=True):
+        ax.plot(curve.keys(), curve.values(), "o--", color=color, alpha=0.5, markersize=3, label=f"paper: {name}")
+    points = np.array([(int(row["length"]), float(row["greedy_return"])) for row in table])
+    lengths = np.unique(points[:, 0])
+    ax.plot(points[:, 0], points[:, 1], ".", color="C3", markersize=5)
+    medians = [np.median(points[points[:, 0] == length, 1]) for length in lengths]
+    ax.plot(lengths, medians, "-", color="C3", label="s5_ppo_memory.py: median and each seed")
+    ax.axhline(0, color="grey", linewidth=1, linestyle=":", label="chance")
+    ax.set_xscale("log", base=2)
+    ax.set(xlabel="memory length", ylabel="mean return", title="bsuite memory length")
+    ax.legend(fontsize=8, loc="lower left")
+    fig.savefig(HERE / "memory_length.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()

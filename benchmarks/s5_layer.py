@@ -1,0 +1,113 @@
+"""Time and memory of one S5 layer, forward and backward, against sequence length: three ways to scan.
+
+    python benchmarks/s5_layer.py
+
+Compares, in one process, the two scans of s5_ppo_memory.py (step by step, and associative with the reset folded into
+the transition) with the paper's operator, which carries the reset as a third element and is differentiated by JAX.
+Width 64, 32 complex states, 16 sequences. Prints a table and writes s5_layer_<device>.csv and .png beside this file.
+"""
+
+import csv
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import s5_ppo_memory
+from s5_ppo_memory import S5, Args
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+WIDTH, SEQUENCES = 64, 16
+LENGTHS = [2**n for n in range(6, 15)]
+
+
+def three_element_scan(a_bar, bu, reset, state, parallel):
+    """The paper's operator on elements (a, b, reset); the stored state enters as one element before the sequence."""
+    a = jnp.broadcast_to(a_bar, bu.shape)
+    a = jnp.concatenate([jnp.ones_like(a[:1]), a])
+    b = jnp.concatenate([state[None], bu])
+    c = jnp.concatenate([jnp.zeros_like(reset[:1]), reset])[..., None]
+
+    def combine(left, right):
+        (a_i, b_i, c_i), (a_j, b_j, c_j) = left, right
+        return jnp.where(c_j, a_j, a_j * a_i), jnp.where(c_j, b_j, a_j * b_i + b_j), c_i | c_j
+
+    return jax.lax.associative_scan(combine, (a, b, c))[1][1:]
+
+
+SCANS = {
+    "step by step": lambda *x: s5_scan(*x[:4], False),
+    "associative": lambda *x: s5_scan(*x[:4], True),
+    "three-element operator": three_element_scan,
+}
+s5_scan = s5_ppo_memory.s5_scan
+
+
+def compile_layer(scan, length):
+    """Compiled value and gradient of one layer, and its arguments."""
+    args = Args(d_model=WIDTH)
+    layer = S5(args)
+    keys = jax.random.split(jax.random.key(0), 3)
+    u = jax.random.normal(keys[0], (length, SEQUENCES, WIDTH))
+    reset = jax.random.bernoulli(keys[1], 0.01, (length, SEQUENCES))
+    state = jnp.zeros((SEQUENCES, args.state_size), jnp.complex64)
+    params = layer.init(keys[2], state, u[:1], reset[:1])
+
+    def loss(params, u):
+        return jnp.square(layer.apply(params, state, u, reset)[1]).mean()
+
+    s5_ppo_memory.s5_scan = scan
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, u).compile()
+    s5_ppo_memory.s5_scan = s5_scan
+    return compiled, (params, u)
+
+
+def main():
+    device = jax.devices()[0].device_kind.replace(" ", "-")
+    rows = []
+    for length in LENGTHS:
+        layers = {name: compile_layer(scan, length) for name, scan in SCANS.items()}
+        seconds = {name: [] for name in SCANS}
+        for repeat in range(8):  # in turn, so that a slow moment of the machine slows all three; the first is warm-up
+            for name, (compiled, inputs) in layers.items():
+                start = time.perf_counter()
+                jax.block_until_ready(compiled(*inputs))
+                if repeat:
+                    seconds[name].append(time.perf_counter() - start)
+        for name, (compiled, _) in layers.items():
+            memory = compiled.memory_analysis().temp_size_in_bytes
+            rows.append({"length": length, "scan": name, "ms": 1e3 * np.median(seconds[name]), "MiB": memory / 2**20})
+        ms = {row["scan"]: row["ms"] for row in rows[-3:]}
+        ours = ms["step by step" if jax.default_backend() == "cpu" else "associative"]
+        print(
+            length, {k: round(v, 2) for k, v in ms.items()}, f"{ms['three-element operator'] / ours:.2f}x", flush=True
+        )
+
+    path = Path(__file__).with_name(f"s5_layer_{device}")
+    with path.with_suffix(".csv").open("w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows({**row, "ms": f"{row['ms']:.3f}", "MiB": f"{row['MiB']:.2f}"} for row in rows)
+    fig, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for name in SCANS:
+        mine = [row for row in rows if row["scan"] == name]
+        x = np.array([row["length"] for row in mine])
+        for ax, unit in zip(axes, ("ms", "MiB"), strict=True):
+            y = np.array([row[unit] for row in mine])
+            slope = np.polyfit(np.log(x[x >= 1024]), np.log(y[x >= 1024]), 1)[0]
+            print(f"{name}: {unit} grows as T^{slope:.2f} from T = 1,024 on")
+            ax.loglog(x, y, marker="o", label=f"{name} (slope {slope:.2f})")
+            ax.set(xlabel="sequence length T", ylabel=unit, title=f"one S5 layer, forward and backward, {device}")
+    axes[0].legend()
+    fig.savefig(path.with_suffix(".png"), dpi=150)
+
+
+if __name__ == "__main__":
+    main()

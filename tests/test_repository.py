@@ -1,0 +1,67 @@
+"""What keeps several single-file scripts honest: no drift between copies, no dependency declared twice differently."""
+
+import ast
+import re
+import tomllib
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(ROOT.glob("*.py"))
+TREES = {path.stem: ast.parse(path.read_text()) for path in SCRIPTS}
+
+# Definitions that differ between scripts on purpose, and why. All others of one name must be the same text.
+INTENDED = {
+    "Args": "the flags of a task and of a sequence model",
+    "Environment": "the task",
+    "SequenceModel": "S5, LSTM or Transformer",
+}
+
+
+def definitions(path):
+    source = path.read_text()
+    nodes = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef | ast.ClassDef))
+    return {node.name: ast.get_source_segment(source, node) for node in nodes}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_inline_dependencies_are_those_of_pyproject(path):
+    (block,) = re.findall(r"(?m)^# /// script\n((?:^#(?:| .*)\n)+?)^# ///$", path.read_text())
+    inline = tomllib.loads("".join(line[2:] for line in block.splitlines(keepends=True)))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert inline["dependencies"] == project["dependencies"]
+    assert inline["requires-python"] == project["requires-python"]
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_no_script_imports_another(name):
+    imported = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    assert not imported & set(TREES)
+
+
+@pytest.mark.parametrize(("one", "other"), list(combinations(SCRIPTS, 2)), ids=lambda p: p.stem)
+def test_definitions_of_one_name_are_the_same_text(one, other):
+    ours, theirs = definitions(one), definitions(other)
+    differ = {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
+    assert differ <= INTENDED.keys(), f"{one.name} and {other.name} have drifted apart"
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_every_flag_has_help_and_is_read(name):
+    (args,) = (n for n in TREES[name].body if isinstance(n, ast.ClassDef) and n.name == "Args")
+    flags = {}
+    for node, following in zip(args.body, args.body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign):
+            flags[node.target.id] = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+    assert [flag for flag, has_help in flags.items() if not has_help] == []
+
+    args.body = [n for n in args.body if getattr(n, "name", None) != "check"]  # to refuse a value is not to use it
+    read = {n.attr for n in ast.walk(TREES[name]) if isinstance(n, ast.Attribute)}
+    assert [flag for flag in flags if flag not in read] == []

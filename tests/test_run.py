@@ -1,0 +1,188 @@
+"""The program as a user runs it: what it leaves, how it stops and goes on, and what it refuses."""
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from s5_ppo_memory import Args, Environment, make_train, over_seeds, setup
+
+SCRIPT = Path(__file__).resolve().parent.parent / "s5_ppo_memory.py"
+TINY = """--memory-length 3 --num-envs 4 --num-steps 8 --num-minibatches 2 --d-model 8 --state-size 4
+          --num-layers 1 --encoder-size 8 --head-size 8 --eval-episodes 8 --log-interval 2"""
+CALLS = 60
+LONG = f"{TINY} --anneal-lr --checkpoint-interval 0 --total-timesteps {CALLS * 2 * 32}"
+
+
+def start(cwd, flags):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, SCRIPT, *flags.split()], cwd=cwd, env=environment, **pipes)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def run_dir(cwd):
+    (path,) = (cwd / "runs").iterdir()
+    return path
+
+
+def rows(path):
+    with (path / "metrics.csv").open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def results(path):
+    """All numbers of a run that its flags and seed decide."""
+    numbers = [{name: x for name, x in row.items() if name != "charts/SPS"} for row in rows(path)]
+    evaluation = json.loads((path / "eval.json").read_text())
+    return numbers, evaluation["results"], evaluation["chance_return"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("uninterrupted")
+    code, _, err = finish(start(cwd, LONG))
+    assert code == 0, err
+    return run_dir(cwd)
+
+
+def interrupt(cwd, number):
+    """Sends a signal once a few calls are logged; returns exit code, stdout and the run directory."""
+    process = start(cwd, LONG)
+    while process.poll() is None and not (list(cwd.glob("runs/*/metrics.csv")) and len(rows(run_dir(cwd))) >= 5):
+        time.sleep(0.01)
+    process.send_signal(number)
+    code, out, _ = finish(process)
+    assert 5 <= len(rows(run_dir(cwd))) < CALLS, "the run was over before the signal came"
+    return code, out, run_dir(cwd)
+
+
+# ---- what a run leaves
+def test_a_run_leaves_its_flags_numbers_plot_and_parameters(uninterrupted):
+    config = json.loads((uninterrupted / "config.json").read_text())
+    assert config["args"]["memory_length"] == 3 and config["args"]["anneal_lr"]
+    assert config["versions"]["jax"] == jax.__version__
+    assert config["args"].keys() == {f.name for f in dataclasses.fields(Args)}
+    assert (uninterrupted / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert list(uninterrupted.glob("tensorboard/**/events.*"))
+    assert list((uninterrupted / "checkpoint").iterdir())
+    table = rows(uninterrupted)
+    assert [int(row["update"]) for row in table] == list(range(2, 2 * CALLS + 1, 2))
+    assert [int(row["global_step"]) for row in table] == list(range(64, 64 * CALLS + 1, 64))
+    assert all(int(row["episodes"]) == 16 for row in table)
+    assert float(table[-1]["charts/learning_rate"]) == pytest.approx(
+        Args().learning_rate / (2 * CALLS * 4 * 2), rel=1e-3
+    )
+    evaluation = json.loads((uninterrupted / "eval.json").read_text())
+    assert [r["memory_length"] for r in evaluation["results"]] == [1, 3, 6, 12]
+    assert all(0 <= r["success_rate"] <= 1 for r in evaluation["results"])
+
+
+def test_where_no_episode_ended_the_cell_is_empty(tmp_path):
+    code, _, err = finish(start(tmp_path, f"{TINY} --memory-length 40 --total-timesteps 64 --num-seeds 2"))
+    assert code == 0, err
+    table = rows(run_dir(tmp_path))
+    assert [(row["seed"], row["episodes"]) for row in table] == [("0", "0"), ("1", "0")]
+    assert all(row["charts/episodic_return"] == row["charts/episodic_length"] == "" for row in table)
+    assert not any("nan" in row.values() for row in table)
+    assert (run_dir(tmp_path) / "learning_curve.png").exists()
+    assert "nan" not in (run_dir(tmp_path) / "eval.json").read_text().lower()
+
+
+# ---- stopping and going on
+def test_ctrl_c_saves_and_the_resumed_run_is_the_uninterrupted_one(tmp_path, uninterrupted):
+    code, out, path = interrupt(tmp_path, signal.SIGINT)
+    assert code == 130
+    assert f"--resume runs/{path.name}" in out
+    assert list((path / "checkpoint").iterdir()) and (path / "learning_curve.png").exists()
+    assert not (path / "eval.json").exists()
+    code, _, err = finish(start(tmp_path, f"--resume runs/{path.name}"))
+    assert code == 0, err
+    assert results(run_dir(tmp_path)) == results(uninterrupted)
+
+
+def test_after_a_kill_the_resumed_run_is_the_uninterrupted_one(tmp_path, uninterrupted):
+    code, _, path = interrupt(tmp_path, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    code, _, err = finish(start(tmp_path, f"--resume {path}"))
+    assert code == 0, err
+    assert results(run_dir(tmp_path)) == results(uninterrupted)
+
+
+# ---- what it refuses
+BAD = {
+    "unknown environment": ("--env-id CartPole-v7", "--env-id"),
+    "continuous actions": ("--env-id Pendulum-v1", "--env-id"),
+    "observation not flat": ("--env-id Breakout-MinAtar", "--env-id"),
+    "unknown field": ("--env-id CartPole-v1 --env-params gravitas 1", "--env-params"),
+    "minibatches of broken environments": ("--num-envs 10 --num-minibatches 4", "--num-minibatches"),
+    "more minibatches than environments": ("--num-envs 2 --num-minibatches 4", "--num-minibatches"),
+    "no such run": ("--resume runs/nowhere", "--resume"),
+    "resume with other flags": ("--resume runs/nowhere --seed 3", "--resume"),
+    "less than a rollout": ("--total-timesteps 100", "--total-timesteps"),
+    "time steps swapped": ("--dt-min 0.1 --dt-max 0.01", "--dt-max"),
+    "gamma above one": ("--gamma 1.5", "--gamma"),
+    "lambda above one": ("--gae-lambda 1.5", "--gae-lambda"),
+    "no steps": ("--num-steps 0", "--num-steps"),
+    "no memory length": ("--memory-length 0", "--memory-length"),
+    "no seeds": ("--num-seeds 0", "--num-seeds"),
+    "negative step size": ("--learning-rate -1", "--learning-rate"),
+    "no dt": ("--dt-min 0", "--dt-min"),
+}
+
+
+def assert_refused(code, err, flag):
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1 and flag in err, err
+
+
+@pytest.mark.parametrize(("flags", "flag"), BAD.values(), ids=BAD)
+def test_bad_input_is_refused_in_one_line_that_names_the_flag(monkeypatch, capsys, flags, flag):
+    monkeypatch.setattr(sys, "argv", ["s5_ppo_memory.py", *flags.split()])
+    with pytest.raises(SystemExit) as refusal:
+        setup()
+    assert_refused(refusal.value.code, capsys.readouterr().err, flag)
+
+
+@pytest.mark.parametrize("name", ["minibatches of broken environments", "continuous actions"])
+def test_a_refused_run_leaves_nothing(tmp_path, name):
+    flags, flag = BAD[name]
+    code, out, err = finish(start(tmp_path, flags))
+    assert_refused(code, err, flag)
+    assert not out and not list(tmp_path.iterdir())
+
+
+# ---- several seeds
+def test_seeds_side_by_side_give_what_they_give_alone():
+    args = Args(num_seeds=3, memory_length=3, num_envs=4, num_steps=8, num_minibatches=2, log_interval=3)
+    args = dataclasses.replace(args, num_layers=1, d_model=8, state_size=4, encoder_size=8, head_size=8)
+
+    def first_call(args):
+        init, train = make_train(args, Environment(args))
+        init, train = jax.jit(over_seeds(init, args)), jax.jit(over_seeds(train, args))
+
+        def run(seeds):
+            state, metrics = train(init(jnp.stack([jax.random.key(seed) for seed in seeds])))
+            return state.params, metrics
+
+        return run
+
+    together, single = first_call(args)(range(3)), first_call(dataclasses.replace(args, num_seeds=1))
+    alone = [single([seed]) for seed in range(3)]
+    alone = jax.tree.map(lambda *x: np.concatenate(x), *alone)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), together, alone)
+    assert len(set(together[1]["losses/policy_loss"].tolist())) == 3
