@@ -162,33 +162,22 @@ class Args:
 
     def check(self) -> None:
         """Raises ValueError, in one line, for values that cannot work."""
-        minimum = {
-            "num_layers": 0,
-            "checkpoint_interval": 0,
-            "seed": 0,
-            "learning_rate": 0,
-            "ent_coef": 0,
-            "vf_coef": 0,
-            "gamma": 0,
-            "gae_lambda": 0,
-        }
+        may_be_zero = ("seed", "checkpoint_interval", "num_layers", "gamma", "gae_lambda", "ent_coef", "vf_coef")
         for f in dataclasses.fields(self):
             flag, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
-            if (
-                f.type is int
-                and value < minimum.get(f.name, 1)
-                or f.type is float
-                and value < minimum.get(f.name, 1e-9)
-            ):
-                raise ValueError(f"{flag} {value} is too small: use {minimum.get(f.name, 'more than 0')} or more")
+            if f.type in (int, float) and (value < 0 or (value == 0 and f.name not in may_be_zero)):
+                raise ValueError(
+                    f"{flag} {value} is too small: use {'0 or more' if f.name in may_be_zero else 'more than 0'}"
+                )
             if f.name in ("gamma", "gae_lambda") and value > 1:
                 raise ValueError(f"{flag} {value} is too large: use 1 or less")
         if self.dt_max < self.dt_min:
             raise ValueError(f"--dt-max {self.dt_max} is below --dt-min {self.dt_min}: swap them")
         if self.num_envs % self.num_minibatches:
+            divisible = -(-self.num_envs // self.num_minibatches) * self.num_minibatches
             raise ValueError(
                 f"--num-envs {self.num_envs} is not divisible by --num-minibatches {self.num_minibatches}, and a "
-                f"minibatch holds whole environments: use {-(-self.num_envs // self.num_minibatches) * self.num_minibatches}"
+                f"minibatch holds whole environments: use --num-envs {divisible}"
             )
         if self.total_timesteps < self.batch_size:
             raise ValueError(
@@ -235,7 +224,12 @@ class Environment:
         memory_chain = args.env_id == "MemoryChain-bsuite"
         if args.env_id not in gymnax.registered_envs:
             raise ValueError(f"--env-id {args.env_id} is unknown: use one of {', '.join(gymnax.registered_envs)}")
-        self.env, params = gymnax.make(args.env_id)
+        try:
+            self.env, params = gymnax.make(args.env_id)
+        except OSError as error:
+            raise ValueError(
+                f"--env-id {args.env_id} needs data that could not be loaded ({error}): choose another"
+            ) from None
         fields = [f.name for f in dataclasses.fields(params)]
         unknown = [name for name in args.env_params if name not in fields]
         if unknown:
