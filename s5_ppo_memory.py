@@ -16,11 +16,11 @@
 #     "tyro>=1,<2",
 # ]
 # ///
-"""Resettable S5 and PPO solve bsuite's memory length (Lu et al. 2023, section 4.1: arXiv 2303.03982).
+"""Resettable S5 and PPO solve bsuite's memory length (Lu et al. 2023, arXiv 2303.03982).
 
-The agent sees a cue, +1 or -1, at the start of an episode, then nothing of use for --memory-length steps, and is asked
-for the cue at the end. Its memory is S5, a linear state space layer whose state can be started from a stored value and
-reset in the middle of a parallel scan, so that PPO learns from whole rollouts, whatever episodes begin and end in them.
+The agent sees a cue, +1 or -1, at the start of an episode, then only a countdown for --memory-length steps, and must
+answer with the cue at its end. Its memory is S5, a linear state space layer whose state can be started from a stored
+value and reset in the middle of a parallel scan: PPO learns from whole rollouts, whatever episodes begin and end there.
 
     python s5_ppo_memory.py                        # length 128, one minute on a laptop's CPU
     python benchmarks/memory_length.py             # the paper's figure; its `flags` are those for long memories
@@ -31,11 +31,11 @@ EXPECT
 
 Where this departs from the paper, and why:
 - PPO on many environments, not A2C on one: it fills the machine, and is what people use.
-- The reset is a zero in the transition of a two-element scan. It gives the same states as the paper's three-element
-  operator (tests/test_s5.py compares them) for less work.
+- A reset sets the factor a_bar to zero for that step, and the scan composes pairs (a, b) of x -> a x + b. It gives the
+  same states as the paper's three-element operator (tests/test_s5.py compares them) for less work.
 - The input is scaled to unit variance, sqrt(1 - |a_bar|^2), as in the Linear Recurrent Unit (Orvieto et al. 2023), not
   by zero-order hold, which scales a cue by Δ, so that slow states hardly see it. ZOH
-- The agent also sees its previous action and reward and a reset flag, right at every episode's start.
+- The agent also sees its previous action and reward, both zero at the start of each episode, and a reset flag.
 - The critic's last layer starts near zero: see ActorCritic.
 """
 
@@ -44,6 +44,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,9 +65,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 
-# ==================================================================================================
-# Arguments
-# ==================================================================================================
+# ==== Arguments =======================================================================================================
 @dataclass
 class Args:
     # ---- run
@@ -109,7 +108,7 @@ class Args:
     state_size: int = 32
     """P, complex states of a block"""
     dt_min: float = 0.001
-    """smallest initial time step; the slowest states fade over 2 / DT_MIN environment steps"""
+    """smallest initial time step; the slowest states fall to 1/e in 2 / DT_MIN environment steps"""
     dt_max: float = 0.1
     """largest initial time step"""
     zoh: bool = False
@@ -186,11 +185,9 @@ class Args:
             )
 
 
-# ==================================================================================================
-# Environment: N copies of one task behind `reset` and `step`
-# ==================================================================================================
+# ==== Environment: N copies of one task behind `reset` and `step` =====================================================
 class Timestep(NamedTuple):
-    """What N environments return; after a reset, the rewards are zero and `reset` is True."""
+    """What N environments return. From `reset`: reset is True and rewards are zero. From `step`: reset equals done."""
 
     obs: jax.Array  # (N, O) what the agent sees next
     reset: jax.Array  # (N,) bool: obs is the first of an episode, so the memory must not look back past it
@@ -212,8 +209,8 @@ class Environment:
     """A gymnax environment whose observation also tells the agent what it did and what came of it.
 
     The agent sees observation, one-hot previous action, previous reward and reset flag, (O,) in all. At the start
-    of every episode, not only of the first, the action and reward are zero and the flag is one: without the action
-    a partially observed transition cannot be told from chance, and without the flag an episode from the next.
+    of every episode, not only of the first, the action and reward are zero and the flag is one. The action lets the
+    agent tell its own effect from noise; the flag marks where one episode ends and the next begins.
 
     Raises ValueError if gymnax has no such environment, or one whose observation or action does not fit.
     """
@@ -236,10 +233,12 @@ class Environment:
             raise ValueError(f"--env-params {unknown[0]} is no field of {args.env_id}: use {', '.join(fields)}")
         overrides = dict(args.env_params)
         if memory_chain:
+            if "memory_length" in overrides:
+                raise ValueError("--env-params memory_length has a flag of its own: use --memory-length")
             # The default limit of 1,000 steps would end longer memories before their question.
             overrides = {"memory_length": args.memory_length, "max_steps_in_episode": 2**30} | overrides
         self.params = params.replace(**{k: type(getattr(params, k))(v) for k, v in overrides.items()})
-        self.has_time_limit = not memory_chain
+        self.has_time_limit = self.params.max_steps_in_episode < 2**30
 
         observation, action = self.env.observation_space(self.params), self.env.action_space(self.params)
         if len(observation.shape) != 1:
@@ -284,14 +283,13 @@ class Environment:
         return EnvState(inner, episode_return, jnp.where(done, 0, timestep.episode_length)), timestep
 
 
-# ==================================================================================================
-# Sequence model: S5 with resets inside the scan
-# ==================================================================================================
+# ==== Sequence model: S5 with resets inside the scan ==================================================================
 def hippo_normal(state_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues (P,) and eigenvectors (2P, P), complex128, of the normal part of HiPPO-LegS of size 2P.
 
     That matrix is -1/2 on the diagonal plus a skew part, so its eigenvalues come in conjugate pairs; one of each is
-    kept (paper, section 3; Gu et al. 2022). NumPy in float64, since it is needed once and float32 loses digits.
+    kept (Gu et al. 2022), since the other adds the conjugate: hence 2 Re(Cx) in S5. Starting there gives a wide range
+    of frequencies, all of which decay. NumPy in float64, since it is needed once and float32 loses digits.
     """
     root = np.sqrt(np.arange(2 * state_size) + 0.5)
     upper = np.triu(np.outer(root, root), k=1)
@@ -311,7 +309,7 @@ def linear_recurrence(a_bar, bu, reset, state, parallel, reverse=False):
         return jax.lax.scan(step, state, (bu, reset), reverse=reverse)[1]
 
     a = jnp.where(reset[..., None], 0.0, a_bar)  # (T, N, P)
-    first = -1 if reverse else 0
+    first = -1 if reverse else 0  # the first step taken is the one that the initial state enters
     bu = bu.at[first].add(a[first] * state)
 
     def compose(earlier, later):  # two affine maps x -> a x + b, one after the other
@@ -327,7 +325,7 @@ def s5_scan(a_bar, bu, reset, state, parallel):
     The paper's resettable operator carries the reset as a third element of the scan; setting a_bar to zero where an
     episode starts gives the same states with two. `parallel` picks the associative scan, of logarithmic depth, or
     the step-by-step one, which does less work and wins where nothing runs in parallel, on a CPU. The gradient is
-    the same recurrence run backwards in time, so it needs no more memory than x itself.
+    the same recurrence run backwards in time, so that of the forward pass only x is kept.
 
     Shapes: a_bar (P,), bu (T, N, P), reset (T, N) bool, state (N, P); complex but for reset.
     """
@@ -341,6 +339,7 @@ def s5_scan_forward(a_bar, bu, reset, state, parallel):
 
 def s5_scan_backward(parallel, residuals, grad_x):
     a_bar, reset, state, x = residuals
+    # The chain rule: grad_bu_t = grad_x_t + a_bar (1 - reset_{t+1}) grad_bu_{t+1}. JAX's convention has no conjugates.
     next_reset = jnp.concatenate([reset[1:], jnp.ones_like(reset[:1])])  # nothing comes after the last step
     grad_bu = linear_recurrence(a_bar, grad_x, next_reset, jnp.zeros_like(state), parallel, reverse=True)
     carried = jnp.where(reset[..., None], 0.0, grad_bu)  # (T, N, P), what flows on to x_{t-1}
@@ -352,8 +351,9 @@ s5_scan.defvjp(s5_scan_forward, s5_scan_backward)
 
 
 class S5(nn.Module):
-    """Diagonal state space layer (paper, section 3; Smith et al. 2023): x' = Λx + Bu, y = 2 Re(Cx) + Du, sampled at Δ.
+    """Diagonal state space layer (Smith et al. 2023): x' = Λx + Bu, y = 2 Re(Cx) + Du, sampled at Δ.
 
+    In steps: x_t = a_bar x_{t-1} + scale B u_t with a_bar = exp(ΛΔ); Λ is diagonal, and every state has its own Δ.
     Call with state (N, P) complex64, u (T, N, D), reset (T, N) bool; returns the last state and y (T, N, D).
     """
 
@@ -387,7 +387,7 @@ class S5(nn.Module):
 
         lam = jax.lax.complex(-jnp.exp(log_decay), frequency)
         a_bar = jnp.exp(lam * dt)  # (P,)
-        # Unit variance: white noise of variance 1 gives every state variance 1, whatever its Δ.
+        # White input of variance 1 gives a state of variance scale^2 / (1 - |a_bar|^2): one, if not --zoh, whatever Δ.
         scale = (a_bar - 1) / lam if self.args.zoh else jnp.sqrt(-jnp.expm1(2 * lam.real * dt))
 
         # Matrix products see T and N as one axis: a weight gradient that sums over two is three times slower on a CPU.
@@ -404,7 +404,7 @@ class SequenceModel(nn.Module):
     """Pre-norm residual blocks: LayerNorm, S5, GELU, gated linear unit.
 
     carry: a tuple of S5 states, one a block. Call with x (T, N, D), reset (T, N); returns carry and y (T, N, D).
-    T is 1 when acting and num_steps when learning, and the numbers are the same.
+    T is 1 when acting and num_steps when learning, with the same numbers up to rounding.
     """
 
     args: Args
@@ -424,9 +424,7 @@ class SequenceModel(nn.Module):
         return (jnp.zeros((num_envs, self.args.state_size), jnp.complex64),) * self.args.num_layers
 
 
-# ==================================================================================================
-# Actor-critic
-# ==================================================================================================
+# ==== Actor-critic ====================================================================================================
 class ActorCritic(nn.Module):
     """Encoder, sequence model, and one head each for the policy's logits (T, N, A) and the value (T, N)."""
 
@@ -455,9 +453,7 @@ class ActorCritic(nn.Module):
         return carry, logits, head(1, 0.01).reshape(T, N)
 
 
-# ==================================================================================================
-# PPO
-# ==================================================================================================
+# ==== PPO =============================================================================================================
 class Transition(NamedTuple):
     """A rollout, every field with leading axes (T, N)."""
 
@@ -483,13 +479,15 @@ class TrainState(NamedTuple):
 
 
 def gae(reward, value, done, last_value, gamma, gae_lambda):
-    """Generalised advantage estimates (T, N) (Schulman et al. 2016); last_value (N,) is V of what comes after T.
+    """Generalised advantage estimates (Schulman et al. 2016), (T, N) as the first three arguments are.
+
+    last_value (N,) is the value of the observation after the last step.
 
     `done` stops both the bootstrap and the trace. Where a time limit is no real end, its value is already in reward.
     """
 
-    def step(carry, inputs):
-        advantage, next_value = carry
+    def step(later, inputs):
+        advantage, next_value = later
         reward, value, done = inputs
         delta = reward + gamma * jnp.where(done, 0.0, next_value) - value
         advantage = delta + gamma * gae_lambda * jnp.where(done, 0.0, advantage)
@@ -531,10 +529,8 @@ def ppo_loss(params, network, carry, batch, advantage, target, args):
 
 def learning_rate_schedule(args):
     """The step size as a function of the number of optimiser steps taken."""
-    if not args.anneal_lr:
-        return optax.constant_schedule(args.learning_rate)
     steps = args.num_updates * args.update_epochs * args.num_minibatches
-    return optax.linear_schedule(args.learning_rate, 0.0, steps)
+    return optax.linear_schedule(args.learning_rate, 0.0 if args.anneal_lr else args.learning_rate, steps)
 
 
 def make_train(args, env):
@@ -565,17 +561,14 @@ def make_train(args, env):
             reward += args.gamma * jnp.where(timestep.truncated, final_value[0], 0.0)
         log_prob, _ = categorical(logits[0], action)
         transition = Transition(state.obs, state.reset, action, log_prob, value[0], reward, timestep.done)
-        episodes = {
-            "episodes": timestep.done,
-            "charts/episodic_return": jnp.where(timestep.done, timestep.episode_return, 0.0),
-            "charts/episodic_length": jnp.where(timestep.done, timestep.episode_length, 0),
-        }
+        ended = {"episodes": 1, "charts/episodic_return": timestep.episode_return}
+        ended |= {"charts/episodic_length": timestep.episode_length}
         state = TrainState(state.params, state.opt_state, env_state, timestep.obs, timestep.reset, carry, key)
-        return state, (transition, jax.tree.map(jnp.sum, episodes))
+        return state, (transition, jax.tree.map(lambda x: jnp.where(timestep.done, x, 0).sum(), ended))
 
     def update(state: TrainState, _):
         """One rollout, and update_epochs passes over it."""
-        first_carry = state.carry
+        first_carry = state.carry  # as acting left it; each pass over the rollout starts from it again
         state, (batch, episodes) = jax.lax.scan(act, state, length=args.num_steps)
         _, _, last_value = network.apply(state.params, state.carry, state.obs[None], state.reset[None])
         advantage = gae(batch.reward, batch.value, batch.done, last_value[0], args.gamma, args.gae_lambda)
@@ -607,9 +600,7 @@ def make_train(args, env):
     return init, train
 
 
-# ==================================================================================================
-# Evaluation
-# ==================================================================================================
+# ==== Evaluation ======================================================================================================
 class EvalState(NamedTuple):
     env_state: EnvState
     timestep: Timestep
@@ -651,22 +642,21 @@ def evaluate(params, key, env_params, greedy, args, env):
     return end.episode_return, end.episode_length
 
 
-# ==================================================================================================
-# Run directory
-# ==================================================================================================
+# ==== Run directory ===================================================================================================
 def new_run_dir(args) -> Path:
     task = f"{args.env_id}-{args.memory_length}" if args.env_id == "MemoryChain-bsuite" else args.env_id
     run_dir = Path("runs") / f"{Path(__file__).stem}__{task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir.mkdir(parents=True)
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent, capture_output=True, text=True
+    here = Path(__file__).resolve().parent
+    git = shutil.which("git") and subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
     )
     config = {
         "args": dataclasses.asdict(args) | {"resume": None},
         "command": " ".join(sys.argv),
         "device": jax.devices()[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "gymnax")},
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": git.stdout.strip() if git else None,
     }
     (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return run_dir
@@ -703,16 +693,11 @@ class MetricsLog:
             row["charts/learning_rate"] = float(learning_rate_schedule(args)(gradient_steps - 1))
             row["charts/SPS"] = round(steps_per_second)
             with self.path.open("a", newline="") as f:
-                row_csv = {
-                    "update": update,
-                    "global_step": step,
-                    "seed": args.seed + i,
-                    "episodes": int(episodes),
-                } | row
-                table = csv.DictWriter(f, row_csv)
+                where = {"update": update, "global_step": step, "seed": args.seed + i, "episodes": int(episodes)}
+                table = csv.DictWriter(f, where | row, lineterminator="\n")
                 if f.tell() == 0:
                     table.writeheader()
-                table.writerow(row_csv)
+                table.writerow(where | row)
             scalars = {name: value for name, value in row.items() if value is not None}
             for name, value in scalars.items():
                 writer.add_scalar(name, value, step)
@@ -753,9 +738,7 @@ def plot_learning_curve(run_dir, args, chance):
     plt.close(fig)
 
 
-# ==================================================================================================
-# Main
-# ==================================================================================================
+# ==== Main ============================================================================================================
 def over_seeds(function, args):
     """vmap over the leading axis of seeds; a single seed is unwrapped instead, which compiles and runs faster."""
     if args.num_seeds > 1:
@@ -810,21 +793,18 @@ def main():
         f"of {args.num_envs} x {args.num_steps}, {args.num_seeds} seed(s), {jax.devices()[0].device_kind}"
     )
 
-    # Ctrl-C and kill end the loop after the call in flight; a second one ends the program at once.
+    # Ctrl-C and kill end the loop after the call in flight, so that nothing is lost.
     signals = []
 
-    def on_signal(number, _):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+        signal.signal(number, lambda number, _: signals.append(number))
 
     compile_start = time.time()
     train = jax.jit(over_seeds(train, args), donate_argnums=0).lower(state).compile()
     compile_seconds = time.time() - compile_start
+    # env_params are arguments of the compiled program: one compilation serves every memory length.
     eval_fn = jax.jit(jax.vmap(partial(evaluate, args=args, env=env), (0, 0, None, None)))
-    eval_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+    eval_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)  # far from what init splits off
     zero_params = jax.tree.map(jnp.zeros_like, state.params)  # all logits equal: uniformly random actions
     chance = float(eval_fn(zero_params, eval_keys, env.params, False)[0].mean())
 
@@ -854,6 +834,8 @@ def main():
         checkpoints.save(update, args=ocp.args.StandardSave(state))
     checkpoints.wait_until_finished()
     log.close()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # all is saved: from here on they end the program at once
     if update:
         plot_learning_curve(run_dir, args, chance)
     if update < args.num_updates:
@@ -861,7 +843,7 @@ def main():
         raise SystemExit(128 + signals[0])
 
     # The memory task is also asked at lengths it was not trained on.
-    lengths = [args.memory_length] if args.env_id == "MemoryChain-bsuite" else []
+    lengths = [env.params.memory_length] if args.env_id == "MemoryChain-bsuite" else []
     lengths = [max(1, length * factor // 2) for length in lengths for factor in (1, 2, 4, 8)]
     variants = {f"memory {n}": env.params.replace(memory_length=n) for n in lengths} or {"return": env.params}
     table = Table("seed", *variants, title="greedy episodes: " + ("success rate" if lengths else "mean return"))

@@ -25,7 +25,7 @@ from matplotlib import pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 LENGTHS = tuple(2**n for n in range(2, 13))
-# Figure 2 of the paper, mean return read off the plot to about 0.02; A2C, one environment, 10,000 episodes, 5 seeds.
+# The paper's figure, mean return read off the plot to about 0.02; A2C, one environment, 10,000 episodes, 5 seeds.
 PAPER = {
     "S5": {4: 1, 8: 1, 16: 1, 32: 1, 64: 1, 128: 1, 256: 1, 512: 1, 1024: 0.5, 2048: 0},
     "LSTM": {4: 1, 8: 1, 16: 0.85, 32: 0.5, 64: 0.1, 128: 0.2, 256: 0.35, 512: 0.25, 1024: -0.05, 2048: 0.1},
