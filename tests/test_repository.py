@@ -65,3 +65,10 @@ def test_every_flag_has_help_and_is_read(name):
     args.body = [n for n in args.body if getattr(n, "name", None) != "check"]  # to refuse a value is not to use it
     read = {n.attr for n in ast.walk(TREES[name]) if isinstance(n, ast.Attribute)}
     assert [flag for flag in flags if flag not in read] == []
+
+
+def test_the_readme_sets_up_and_tests_in_two_commands():
+    (block,) = re.findall(r"(?ms)^```bash\n(.*?)^```$", (ROOT / "README.md").read_text())
+    install, test = block.splitlines()
+    assert install.startswith("pip install")
+    assert test.startswith("pytest")

@@ -1,0 +1,50 @@
+"""Wall-clock seconds of `python s5_ppo_memory.py`, from process start, and its greedy success, for seeds 0 to 4.
+
+    python benchmarks/first_minute.py            # the defaults: memory length 128
+    python benchmarks/first_minute.py --zoh      # any flags of the script; here, the paper's input scaling
+
+One run after another, without a compilation cache. Appends a row a seed to first_minute.csv beside this file.
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def main():
+    flags = sys.argv[1:]
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    for seed in range(5):
+        command = [sys.executable, str(HERE.parent / "s5_ppo_memory.py"), "--seed", str(seed), *flags]
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.time()
+            subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+            seconds = time.time() - start
+            (run_dir,) = Path(folder, "runs").iterdir()
+            evaluation = json.loads((run_dir / "eval.json").read_text())
+            config = json.loads((run_dir / "config.json").read_text())
+        trained = config["args"]["memory_length"]
+        (result,) = (r for r in evaluation["results"] if r["memory_length"] == trained)
+        row = {"date": date.today().isoformat(), "flags": " ".join(flags), "memory_length": trained, "seed": seed}
+        row |= {"success_rate": result["success_rate"], "seconds": round(seconds, 1)}
+        row |= {"compile_seconds": round(evaluation["compile_seconds"], 1)}
+        row |= {"steps_per_second": round(evaluation["steps_per_second"])}
+        row |= {"host_share": round(evaluation["host_share"], 4), "device": config["device"]}
+        print(row, flush=True)
+        with (HERE / "first_minute.csv").open("a", newline="") as f:
+            writer = csv.DictWriter(f, row)
+            if f.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()
