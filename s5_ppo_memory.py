@@ -37,7 +37,8 @@ Where this departs from the paper, and why:
 - A reset sets the factor a_bar to zero for that step, and the scan composes pairs (a, b) of x -> a x + b. It gives the
   same states as the paper's three-element operator (tests/test_s5.py compares them) for less work.
 - The input is scaled to unit variance, sqrt(1 - |a_bar|^2), as in the Linear Recurrent Unit (Orvieto et al. 2023), not
-  by zero-order hold, which scales a cue by Δ, so that slow states hardly see it. ZOH
+  by zero-order hold, which scales it by about Δ, least for the slowest states; --zoh brings that back. At length 128
+  both answer every question right (benchmarks/first_minute.csv); longer memories have not been compared yet.
 - The agent also sees its previous action and reward, both zero at the start of each episode, and a reset flag.
 - The critic's last layer starts near zero: see ActorCritic.
 """
