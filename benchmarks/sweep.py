@@ -5,7 +5,7 @@
 
 Only flags that are plain numbers in the computation can be swept (ent_coef, learning_rate, gae_lambda, gamma, dt_min,
 dt_max, ...), two seeds each; the others are the same for all. Prints, for each eighth of the run, the mean return of
-sampled actions. benchmarks/LOG.md has what came out.
+sampled actions. benchmarks/LOG.md has what came out of an earlier form of it.
 """
 
 import dataclasses
