@@ -76,7 +76,9 @@ class Args:
     seed: int = 0
     """first seed; K seeds are SEED, SEED + 1, ..., SEED + K - 1"""
     num_seeds: int = 1
-    """K, independent seeds trained side by side on one device"""
+    """K, independent seeds trained side by side"""
+    num_devices: int = 1
+    """GPUs, or other devices that JAX sees, over which the environments of every seed are split"""
     total_timesteps: int = 500_000
     """environment steps of each seed, rounded up to whole log intervals"""
     log_interval: int = 10
@@ -145,6 +147,8 @@ class Args:
     """epsilon of the clipped objective"""
     ent_coef: float = 0.0
     """weight of the entropy bonus"""
+    anneal_ent_coef: bool = False
+    """lower that weight linearly to zero over the run: a policy kept random is another policy once it acts greedily"""
     vf_coef: float = 0.5
     """weight of the value loss"""
     max_grad_norm: float = 0.5
@@ -176,11 +180,12 @@ class Args:
                 raise ValueError(f"{flag} {value} is too large: use 1 or less")
         if self.dt_max < self.dt_min:
             raise ValueError(f"--dt-max {self.dt_max} is below --dt-min {self.dt_min}: swap them")
-        if self.num_envs % self.num_minibatches:
-            divisible = -(-self.num_envs // self.num_minibatches) * self.num_minibatches
+        shares = self.num_minibatches * self.num_devices
+        if self.num_envs % shares:
             raise ValueError(
-                f"--num-envs {self.num_envs} is not divisible by --num-minibatches {self.num_minibatches}, and a "
-                f"minibatch holds whole environments: use --num-envs {divisible}"
+                f"--num-envs {self.num_envs} is not divisible by --num-minibatches {self.num_minibatches} times "
+                f"--num-devices {self.num_devices}, and a minibatch holds whole environments: use --num-envs "
+                f"{-(-self.num_envs // shares) * shares}"
             )
         if self.total_timesteps < self.batch_size:
             raise ValueError(
@@ -471,7 +476,7 @@ class Transition(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that training needs to go on: a checkpoint holds this and nothing else."""
+    """All that training needs to go on: a checkpoint holds this and nothing else. Axis N is split over the devices."""
 
     params: dict
     opt_state: tuple
@@ -480,6 +485,7 @@ class TrainState(NamedTuple):
     reset: jax.Array  # (N,)
     carry: tuple  # the sequence model's memory before it has seen obs
     key: jax.Array
+    num_updates: jax.Array  # int32, updates done
 
 
 def gae(reward, value, done, last_value, gamma, gae_lambda):
@@ -507,7 +513,7 @@ def categorical(logits, action):
     return log_prob, -(jnp.exp(log_p) * log_p).sum(-1)
 
 
-def ppo_loss(params, network, carry, batch, advantage, target, args):
+def ppo_loss(params, network, carry, batch, advantage, target, ent_coef, args):
     """Clipped objective, value loss and entropy bonus (Schulman et al. 2017) of a minibatch of whole environments.
 
     batch: Transition (T, M); carry: the memory, leading axis M, that the rollout began with; advantage, target (T, M).
@@ -521,7 +527,7 @@ def ppo_loss(params, network, carry, batch, advantage, target, args):
     clipped = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -jnp.minimum(ratio * advantage, clipped * advantage).mean()
     value_loss = 0.5 * jnp.square(value - target).mean()
-    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy.mean()
+    loss = policy_loss + args.vf_coef * value_loss - ent_coef * entropy.mean()
     return loss, {
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
@@ -538,7 +544,12 @@ def learning_rate_schedule(args):
 
 
 def make_train(args, env):
-    """Two pure functions: `init(key)` gives a TrainState; `train(state)` runs updates_per_call updates on it."""
+    """Two pure functions: `init(key)` gives a TrainState; `train(state)` runs updates_per_call updates on it.
+
+    Both are one program for all devices (SPMD): each device steps and learns from its own share of the environments,
+    whose advantages it normalises, and averages its gradients with the others', so that all have the same parameters.
+    """
+    num_envs = args.num_envs // args.num_devices
     network = ActorCritic(args, env.num_actions)
     optimizer = optax.chain(
         optax.clip_by_global_norm(args.max_grad_norm), optax.adam(learning_rate_schedule(args), eps=1e-5)
@@ -546,14 +557,16 @@ def make_train(args, env):
 
     def init(key) -> TrainState:
         key, env_key, params_key = jax.random.split(key, 3)
-        env_state, first = env.reset(env_key, env.params, args.num_envs)
-        carry = SequenceModel(args).initial_carry(args.num_envs)
+        env_key = jax.random.fold_in(env_key, jax.lax.axis_index("devices"))
+        env_state, first = env.reset(env_key, env.params, num_envs)
+        carry = SequenceModel(args).initial_carry(num_envs)
         params = network.init(params_key, carry, first.obs[None], first.reset[None])
-        return TrainState(params, optimizer.init(params), env_state, first.obs, first.reset, carry, key)
+        opt_state, num_updates = optimizer.init(params), jnp.zeros((), jnp.int32)
+        return TrainState(params, opt_state, env_state, first.obs, first.reset, carry, key, num_updates)
 
-    def act(state: TrainState, _):
+    def act(state: TrainState, key):
         """One step of the rollout."""
-        key, action_key, env_key = jax.random.split(state.key, 3)
+        action_key, env_key = jax.random.split(key)
         carry, logits, value = network.apply(state.params, state.carry, state.obs[None], state.reset[None])
         action = jax.random.categorical(action_key, logits[0])
         env_state, timestep = env.step(env_key, state.env_state, action, env.params)
@@ -565,15 +578,19 @@ def make_train(args, env):
             reward += args.gamma * jnp.where(timestep.truncated, final_value[0], 0.0)
         log_prob, _ = categorical(logits[0], action)
         transition = Transition(state.obs, state.reset, action, log_prob, value[0], reward, timestep.done)
-        ended = {"episodes": 1, "charts/episodic_return": timestep.episode_return}
+        ended = {"charts/episodes": 1, "charts/episodic_return": timestep.episode_return}
         ended |= {"charts/episodic_length": timestep.episode_length}
-        state = TrainState(state.params, state.opt_state, env_state, timestep.obs, timestep.reset, carry, key)
+        state = state._replace(env_state=env_state, obs=timestep.obs, reset=timestep.reset, carry=carry)
         return state, (transition, jax.tree.map(lambda x: jnp.where(timestep.done, x, 0).sum(), ended))
 
     def update(state: TrainState, _):
         """One rollout, and update_epochs passes over it."""
+        key, device_key = jax.random.split(state.key)
+        device_key = jax.random.fold_in(device_key, jax.lax.axis_index("devices"))
+        act_key, *epoch_keys = jax.random.split(device_key, 1 + args.update_epochs)
+        ent_coef = args.ent_coef * (1 - state.num_updates / args.num_updates if args.anneal_ent_coef else 1)
         first_carry = state.carry  # as acting left it; each pass over the rollout starts from it again
-        state, (batch, episodes) = jax.lax.scan(act, state, length=args.num_steps)
+        state, (batch, episodes) = jax.lax.scan(act, state, jax.random.split(act_key, args.num_steps))
         _, _, last_value = network.apply(state.params, state.carry, state.obs[None], state.reset[None])
         advantage = gae(batch.reward, batch.value, batch.done, last_value[0], args.gamma, args.gae_lambda)
         target = advantage + batch.value
@@ -583,25 +600,33 @@ def make_train(args, env):
             params, opt_state = params_and_opt_state
             carry = jax.tree.map(lambda x: x[env_ids], first_carry)
             minibatch = jax.tree.map(lambda x: x[:, env_ids], (batch, advantage, target))
-            grads, losses = jax.grad(ppo_loss, has_aux=True)(params, network, carry, *minibatch, args)
+            grads, losses = jax.grad(ppo_loss, has_aux=True)(params, network, carry, *minibatch, ent_coef, args)
+            flat, unflatten = jax.flatten_util.ravel_pytree(grads)  # one message between devices, not one an array
+            grads = unflatten(jax.lax.pmean(flat, "devices"))
             losses["losses/grad_norm"] = optax.global_norm(grads)
             updates, opt_state = optimizer.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), losses
 
-        key, *epoch_keys = jax.random.split(state.key, 1 + args.update_epochs)
-        order = jnp.concatenate([jax.random.permutation(k, args.num_envs) for k in epoch_keys])
+        order = jnp.concatenate([jax.random.permutation(k, num_envs) for k in epoch_keys])
         order = order.reshape(args.update_epochs * args.num_minibatches, -1)  # (gradient steps, M)
         (params, opt_state), losses = jax.lax.scan(learn, (state.params, state.opt_state), order)
         losses["losses/explained_variance"] = 1 - (target - batch.value).var() / (target.var() + 1e-8)
-        state = state._replace(params=params, opt_state=opt_state, key=key)
+        state = state._replace(params=params, opt_state=opt_state, key=key, num_updates=state.num_updates + 1)
         return state, (jax.tree.map(jnp.mean, losses), jax.tree.map(jnp.sum, episodes))
 
     def train(state: TrainState) -> tuple[TrainState, dict]:
-        """Metrics are means over updates; of episodes, sums over all that ended, for the host to divide."""
+        """Metrics are means over updates, or over all episodes that ended, NaN if none did."""
         state, (losses, episodes) = jax.lax.scan(update, state, length=args.updates_per_call)
-        return state, jax.tree.map(jnp.mean, losses) | jax.tree.map(jnp.sum, episodes)
+        metrics = jax.lax.pmean(jax.tree.map(jnp.mean, losses), "devices")
+        sums = jax.lax.psum(jax.tree.map(jnp.sum, episodes), "devices")
+        count = metrics["charts/episodes"] = sums.pop("charts/episodes")
+        return state, metrics | {name: total / count for name, total in sums.items()}
 
-    return init, train
+    split, copied = jax.P("devices"), jax.P()
+    specs = TrainState(copied, copied, split, split, split, split, copied, copied)
+    mesh = jax.make_mesh((args.num_devices,), ("devices",), devices=jax.devices()[: args.num_devices])
+    init = jax.shard_map(init, mesh=mesh, in_specs=copied, out_specs=specs, check_vma=False)
+    return init, jax.shard_map(train, mesh=mesh, in_specs=(specs,), out_specs=(specs, copied), check_vma=False)
 
 
 # ==== Evaluation ======================================================================================================
@@ -647,8 +672,7 @@ def evaluate(params, key, env_params, greedy, args, env):
 
 
 # ==== Run directory ===================================================================================================
-def new_run_dir(args) -> Path:
-    task = f"{args.env_id}-{args.memory_length}" if args.env_id == "MemoryChain-bsuite" else args.env_id
+def new_run_dir(args, task) -> Path:
     run_dir = Path("runs") / f"{Path(__file__).stem}__{task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir.mkdir(parents=True)
     here = Path(__file__).resolve().parent
@@ -659,7 +683,7 @@ def new_run_dir(args) -> Path:
         "args": dataclasses.asdict(args) | {"resume": None},
         "command": " ".join(sys.argv),
         "device": jax.devices()[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "gymnax")},
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "gymnax", "brax")},
         "git_commit": git.stdout.strip() if git else None,
     }
     (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -691,13 +715,11 @@ class MetricsLog:
         gradient_steps = update * args.update_epochs * args.num_minibatches
         for i, writer in enumerate(self.writers):
             row = {name: float(values[i]) for name, values in metrics.items()}
-            episodes = row.pop("episodes")
-            for name in ("charts/episodic_return", "charts/episodic_length"):  # sums so far
-                row[name] = row[name] / episodes if episodes else None  # nothing ended: no number, not a zero
+            row = {name: None if np.isnan(value) else value for name, value in row.items()}  # nothing ended: no number
             row["charts/learning_rate"] = float(learning_rate_schedule(args)(gradient_steps - 1))
             row["charts/SPS"] = round(steps_per_second)
             with self.path.open("a", newline="") as f:
-                where = {"update": update, "global_step": step, "seed": args.seed + i, "episodes": int(episodes)}
+                where = {"update": update, "global_step": step, "seed": args.seed + i}
                 table = csv.DictWriter(f, where | row, lineterminator="\n")
                 if f.tell() == 0:
                     table.writeheader()
@@ -716,8 +738,8 @@ class MetricsLog:
             self.wandb.finish()
 
 
-def plot_learning_curve(run_dir, args, chance):
-    """learning_curve.png from metrics.csv: mean return over seeds, its 95 % interval (Student's t), and each seed."""
+def plot_learning_curve(run_dir, args, metric, baseline, baseline_label):
+    """learning_curve.png from metrics.csv: mean over seeds of a metric, its 95 % interval (Student's t), each seed."""
     import matplotlib
     from scipy import stats
 
@@ -725,7 +747,7 @@ def plot_learning_curve(run_dir, args, chance):
     from matplotlib import pyplot as plt
 
     with (run_dir / "metrics.csv").open(newline="") as f:
-        rows = [(float(row["global_step"]), float(row["charts/episodic_return"] or "nan")) for row in csv.DictReader(f)]
+        rows = [(float(row["global_step"]), float(row[metric] or "nan")) for row in csv.DictReader(f)]
     curve = np.array(rows).reshape(-1, args.num_seeds, 2)  # (calls, seeds, step and return)
     curve = curve[~np.isnan(curve).any(axis=(1, 2))]  # leave out where no episode ended
     steps, returns, mean = curve[:, 0, 0], curve[..., 1], curve[..., 1].mean(axis=1)
@@ -735,8 +757,8 @@ def plot_learning_curve(run_dir, args, chance):
         ax.plot(steps, returns, color="C0", alpha=0.3, linewidth=0.8)
         ax.fill_between(steps, mean - half, mean + half, color="C0", alpha=0.2, linewidth=0, label="95 % interval")
     ax.plot(steps, mean, color="C0", label=f"mean of {args.num_seeds} seed(s)")
-    ax.axhline(chance, color="grey", linestyle="--", linewidth=1, label="chance: uniformly random actions")
-    ax.set(xlabel="environment steps", ylabel="episodic return", title=run_dir.name.rsplit("__", 2)[0])
+    ax.axhline(baseline, color="grey", linestyle="--", linewidth=1, label=baseline_label)
+    ax.set(xlabel="environment steps", ylabel=metric, title=run_dir.name.rsplit("__", 2)[0])
     ax.legend()
     fig.savefig(run_dir / "learning_curve.png", dpi=150)
     plt.close(fig)
@@ -766,6 +788,8 @@ def setup() -> tuple[Args, Environment]:
         args.check()
         if args.track and not importlib.util.find_spec("wandb"):
             raise ValueError("--track needs Weights & Biases, which is not installed: pip install wandb")
+        if args.num_devices > len(jax.devices()):
+            raise ValueError(f"--num-devices {args.num_devices} is more than there are: use {len(jax.devices())}")
         return args, Environment(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -779,7 +803,8 @@ def main():
 
     console = Console()
     jax.config.update("jax_default_matmul_precision", "default" if args.tf32 else "highest")
-    run_dir = args.resume or new_run_dir(args)
+    task = f"{args.env_id}-{args.memory_length}" if args.env_id == "MemoryChain-bsuite" else args.env_id
+    run_dir = args.resume or new_run_dir(args, task)
     seeds = range(args.seed, args.seed + args.num_seeds)
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
 
@@ -827,8 +852,8 @@ def main():
             update += args.updates_per_call
             steps_per_second = args.updates_per_call * args.batch_size * args.num_seeds / call_seconds
             log.write(update, metrics, steps_per_second)
-            episodes = metrics["episodes"].sum()
-            score = f"{metrics['charts/episodic_return'].sum() / episodes:.2f}" if episodes else "–"
+            score = metrics["charts/episodic_return"].mean()
+            score = "–" if np.isnan(score) else f"{score:.2f}"
             progress.update(bar, completed=update, description=f"return {score}  {steps_per_second:,.0f} steps/s")
             if time.time() - last_save > args.checkpoint_interval and update < args.num_updates:
                 checkpoints.save(update, args=ocp.args.StandardSave(state))
@@ -841,7 +866,7 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # all is saved: from here on they end the program at once
     if update:
-        plot_learning_curve(run_dir, args, chance)
+        plot_learning_curve(run_dir, args, "charts/episodic_return", chance, "chance: uniformly random actions")
     if update < args.num_updates:
         console.print(f"stopped after update {update}; continue with: python {sys.argv[0]} --resume {run_dir}")
         raise SystemExit(128 + signals[0])

@@ -62,7 +62,7 @@ def flags(length, args):
 
 def train(length, args):
     """Runs one length; rows for the table."""
-    command = [sys.executable, str(HERE.parent / "s5_ppo_memory.py"), "--anneal-lr"]
+    command = [sys.executable, str(HERE.parent / "s5_ppo_memory.py"), "--anneal-lr", "--anneal-ent-coef"]
     command += [str(x) for name, value in flags(length, args).items() for x in (f"--{name}", value)]
     print(" ".join(command[1:]), flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -55,7 +55,7 @@ def main():
     returns = []
     for _ in range(args.updates // args.base.updates_per_call):
         state, metrics = train(state, swept)
-        returns.append(np.asarray(metrics["charts/episodic_return"] / jnp.maximum(metrics["episodes"], 1)))
+        returns.append(np.asarray(metrics["charts/episodic_return"]))
     eighths = np.array_split(np.array(returns), 8)
     for i in range(len(keys)):
         flags = " ".join(f"{name}={value:g}" for name, value in combinations[i // SEEDS].items())

@@ -1,0 +1,1256 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "brax>=0.14.2,<0.15",
+#     "flax>=0.12,<0.13",
+#     "gymnax>=1.0.1,<1.1",
+#     "jax>=0.10,<0.12",
+#     "matplotlib>=3.9,<4",
+#     "numpy>=2,<3",
+#     "optax>=0.2.5,<0.3",
+#     "orbax-checkpoint>=0.11,<0.13",
+#     "rich>=13,<16",
+#     "scipy>=1.13,<2",
+#     "six>=1.16",
+#     "tensorboardX>=2.6,<3",
+#     "tyro>=1,<2",
+# ]
+# ///
+"""Resettable S5 and PPO learn to control unknown bodies within a trial (Lu et al. 2023, arXiv 2303.03982, section 5).
+
+Every trial is one task seen through a fresh pair of random matrices: one mixes what the task shows, the other what the
+agent does. Nothing names the task or the matrices, so the agent has to find out within the trial what its actions do,
+and keep it in its memory across the episodes of the trial. What it learned that way is measured against the same
+network with its memory wiped, on new matrices and on tasks that were never trained on.
+
+    python s5_ppo_meta.py                                # the paper's projected CartPole, positions only
+    python s5_ppo_meta.py --suite classic                # five tasks of two simulators, four more held out
+    python s5_ppo_meta.py --eval-only runs/RUN --eval-trial-length 64    # longer trials than trained on
+    python s5_ppo_meta.py --eval-only runs/RUN --render reacher          # watch the first and last episode
+    python s5_ppo_meta.py --resume runs/RUN              # goes on after Ctrl-C or a kill
+
+TODO expectations
+"""
+
+import csv
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+# ==== Tasks ===========================================================================================================
+class Task(NamedTuple):
+    """A row of TASKS: one environment, and what its returns are worth."""
+
+    env_id: str  # of gymnax, or else of brax
+    episode_length: int  # time limit, in steps
+    zero: float  # return of one episode that scores 0: the better of random actions and no action at all
+    one: float  # return that scores 1: a specialist, this script on the task alone with --no-projection
+    spread: float  # standard deviation of random actions' discounted returns, what rewards are first divided by
+    params: dict = {}  # fields of gymnax's EnvParams to override
+    seen: tuple = ()  # entries of the observation the agent sees; all, if empty
+    reward_scale: float = 1.0
+
+
+class Suite(NamedTuple):
+    """What `--suite` stands for; flags of the same names override it."""
+
+    train_tasks: tuple
+    held_out_tasks: tuple
+    projected_obs_size: int
+    projected_action_size: int
+    trial_length: int  # steps of a trial, or 0 if it counts episodes
+    trial_episodes: int  # episodes of a trial, or 0 if it counts steps
+
+
+# `zero` and `one` come from benchmarks/reference_scores.py, whose table is reference_scores.csv.
+TASKS = {
+    "cartpole-positions": Task("CartPole-v1", 200, 0.11, 1.0, 0.05, seen=(0, 2), reward_scale=1 / 200),
+    "cartpole": Task("CartPole-v1", 200, 22.0, 200.0, 8.0),
+    "pendulum": Task("Pendulum-v1", 200, -1200.0, -150.0, 60.0),
+    "pendulum-heavy": Task("Pendulum-v1", 200, -1200.0, -150.0, 60.0, params={"m": 1.5, "l": 0.8}),
+    "point-robot": Task("PointRobot-misc", 100, -100.0, -20.0, 10.0, params={"dense_reward": True}),
+    "gymnax-reacher": Task("Reacher-misc", 100, -100.0, -10.0, 10.0),
+    "mountain-car": Task("MountainCarContinuous-v0", 200, 0.0, 90.0, 1.0),
+    "inverted-pendulum": Task("inverted_pendulum", 200, 73.0, 200.0, 15.0),
+    "inverted-double-pendulum": Task("inverted_double_pendulum", 200, 100.0, 1800.0, 60.0),
+    "reacher": Task("reacher", 100, -20.0, -5.0, 10.0),
+    "hopper": Task("hopper", 200, 200.0, 400.0, 20.0),
+    "walker2d": Task("walker2d", 200, 198.0, 400.0, 20.0),
+    "halfcheetah": Task("halfcheetah", 200, -0.6, 600.0, 10.0),
+    "ant": Task("ant", 200, 200.0, 800.0, 20.0),
+    "pusher": Task("pusher", 100, -100.0, -40.0, 20.0),
+}
+SUITES = {
+    "cartpole": Suite(("cartpole-positions",), (), 4, 1, 0, 16),
+    "classic": Suite(
+        ("pendulum", "point-robot", "cartpole", "inverted-pendulum", "reacher"),
+        ("gymnax-reacher", "inverted-double-pendulum", "pendulum-heavy", "mountain-car"),
+        12,
+        2,
+        400,
+        0,
+    ),
+    "locomotion": Suite(
+        ("ant", "halfcheetah", "hopper", "reacher", "inverted-double-pendulum"), ("walker2d", "pusher"), 32, 8, 1000, 0
+    ),
+}
+
+
+# ==== Arguments =======================================================================================================
+@dataclass
+class Args:
+    # ---- run
+    seed: int = 0
+    """first seed; K seeds are SEED, SEED + 1, ..., SEED + K - 1"""
+    num_seeds: int = 1
+    """K, independent seeds trained side by side"""
+    num_devices: int = 1
+    """GPUs, or other devices that JAX sees, over which the environments of every seed are split"""
+    total_timesteps: int = 20_000_000
+    """environment steps of each seed, rounded up to whole log intervals"""
+    log_interval: int = 10
+    """updates in one jitted call, and in one row of metrics.csv"""
+    checkpoint_interval: int = 60
+    """seconds between checkpoints; the last update is always saved"""
+    resume: Path | None = None
+    """run directory to continue; the run keeps its own flags, so this one stands alone"""
+    track: bool = False
+    """send the metrics to Weights & Biases as well"""
+    wandb_project_name: str = "s5-in-context-rl"
+    """Weights & Biases project of --track"""
+    tf32: bool = False
+    """let NVIDIA GPUs round matrix products to TF32; acting and learning then differ by about 1e-3"""
+
+    # ---- tasks; None stands for the suite's own value
+    suite: Literal["cartpole", "classic", "locomotion"] = "cartpole"
+    """tasks, sizes and trials: see SUITES"""
+    train_tasks: tuple[str, ...] | None = None
+    """tasks to train on, names of TASKS; each has an equal share of the environments"""
+    held_out_tasks: tuple[str, ...] | None = None
+    """tasks to evaluate on only"""
+    projected_obs_size: int | None = None
+    """entries of the projected observation"""
+    projected_action_size: int | None = None
+    """entries of the action before its projection"""
+    projection: bool = True
+    """random projections; --no-projection pads with zeros instead, and the task is always seen the same way"""
+    trial_length: int | None = None
+    """steps of a trial; 0 counts episodes instead"""
+    trial_episodes: int | None = None
+    """episodes of a trial; 0 counts steps instead"""
+    reset_memory: bool = True
+    """--no-reset-memory carries it on into the next trial (the paper's ablation)"""
+    brax_backend: Literal["spring", "positional", "generalized", "mjx"] = "spring"
+    """physics of the brax tasks; spring is the fastest by far, and the reference scores are its"""
+
+    # ---- evaluation
+    eval_interval: int = 0
+    """updates between evaluations, rounded up to whole log intervals; 0 evaluates at the end only"""
+    eval_trials: int = 64
+    """trials of each task and kind of memory in an evaluation"""
+    eval_trial_length: int | None = None
+    """length of those trials, in steps or episodes as in training; None is twice as long as in training"""
+    eval_only: Path | None = None
+    """run directory to evaluate again with the --eval flags given beside it, and no others"""
+    render: str | None = None
+    """with --eval-only: a brax task, whose first and last episode of a trial become HTML pages"""
+
+    # ---- sequence model
+    num_layers: int = 4
+    """S5 blocks; 0 is the network without memory"""
+    d_model: int = 64
+    """D, width of the blocks"""
+    state_size: int = 32
+    """P, complex states of a block"""
+    dt_min: float = 0.001
+    """smallest initial time step; the slowest states fall to 1/e in 2 / DT_MIN environment steps"""
+    dt_max: float = 0.1
+    """largest initial time step"""
+    zoh: bool = False
+    """scale the input by zero-order hold, as the paper does, not to unit variance"""
+
+    # ---- actor and critic
+    encoder_size: int = 128
+    """hidden units of the observation encoder"""
+    head_size: int = 64
+    """hidden units in each of the two layers of the actor, of the critic and of the prediction"""
+
+    # ---- PPO
+    num_envs: int = 128
+    """N, parallel environments"""
+    num_steps: int = 128
+    """T, steps of a rollout in each environment; gradients reach back this far and no further"""
+    num_minibatches: int = 4
+    """minibatches of a pass over the rollout, each of whole environments"""
+    update_epochs: int = 4
+    """passes over each rollout"""
+    learning_rate: float = 5e-4
+    """step size of Adam"""
+    anneal_lr: bool = False
+    """lower the step size linearly to zero over the run"""
+    gamma: float = 0.99
+    """discount"""
+    gae_lambda: float = 0.95
+    """lambda of the generalised advantage estimate"""
+    clip_coef: float = 0.2
+    """epsilon of the clipped objective"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus"""
+    anneal_ent_coef: bool = False
+    """lower that weight linearly to zero over the run: a policy kept random is another policy once it acts greedily"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    prediction_coef: float = 3.0
+    """weight of predicting the next observation and reward, as in the paper's agent; 0 leaves that to PPO alone"""
+    max_grad_norm: float = 0.5
+    """global norm the gradient is clipped to"""
+
+    def __post_init__(self):
+        for name, value in SUITES[self.suite]._asdict().items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.eval_trial_length is None:
+            self.eval_trial_length = 2 * (self.trial_length or self.trial_episodes)
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def updates_per_call(self) -> int:
+        return min(self.log_interval, -(-self.total_timesteps // self.batch_size))
+
+    @property
+    def num_updates(self) -> int:
+        """Updates that really run: total_timesteps, rounded up to whole calls."""
+        return -(-self.total_timesteps // (self.batch_size * self.updates_per_call)) * self.updates_per_call
+
+    def check(self) -> None:
+        """Raises ValueError, in one line, for values that cannot work."""
+        may_be_zero = ("seed", "checkpoint_interval", "num_layers", "gamma", "gae_lambda", "ent_coef", "vf_coef")
+        may_be_zero += ("trial_length", "trial_episodes", "eval_interval", "prediction_coef")
+        for f in dataclasses.fields(self):
+            flag, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
+            if type(value) in (int, float) and (value < 0 or (value == 0 and f.name not in may_be_zero)):
+                raise ValueError(
+                    f"{flag} {value} is too small: use {'0 or more' if f.name in may_be_zero else 'more than 0'}"
+                )
+            if f.name in ("gamma", "gae_lambda") and value > 1:
+                raise ValueError(f"{flag} {value} is too large: use 1 or less")
+        if self.dt_max < self.dt_min:
+            raise ValueError(f"--dt-max {self.dt_max} is below --dt-min {self.dt_min}: swap them")
+        for name in self.train_tasks + self.held_out_tasks:
+            if name not in TASKS:
+                raise ValueError(f"--train-tasks and --held-out-tasks know no {name}: use {', '.join(TASKS)}")
+        both = set(self.train_tasks) & set(self.held_out_tasks)
+        if both or not self.train_tasks:
+            raise ValueError(
+                f"--train-tasks {both or 'is empty'}: a task is trained on or held out, one at least trained"
+            )
+        if bool(self.trial_length) == bool(self.trial_episodes):
+            raise ValueError(
+                f"--trial-length {self.trial_length} and --trial-episodes {self.trial_episodes}: set one to 0, not both"
+            )
+        shares = int(np.lcm(self.num_minibatches, len(self.train_tasks))) * self.num_devices
+        if self.num_envs % shares:
+            raise ValueError(
+                f"--num-envs {self.num_envs} is not divisible by --num-minibatches {self.num_minibatches} and by "
+                f"{len(self.train_tasks)} --train-tasks on each of --num-devices {self.num_devices}: use --num-envs "
+                f"{-(-self.num_envs // shares) * shares}"
+            )
+        if self.total_timesteps < self.batch_size:
+            raise ValueError(
+                f"--total-timesteps {self.total_timesteps} is less than a rollout of --num-envs {self.num_envs} times "
+                f"--num-steps {self.num_steps}: use {self.batch_size} or more"
+            )
+
+
+# ==== Environment: trials of several tasks behind `reset` and `step` ==================================================
+class Timestep(NamedTuple):
+    """What N environments return. From `reset`: reset is True and rewards are zero."""
+
+    obs: jax.Array  # (N, O) what the agent sees next
+    reset: jax.Array  # (N,) bool: obs is the first of a trial, so the memory must not look back past it
+    reward: jax.Array  # (N,) scaled
+    done: jax.Array  # (N,) bool: the action ended the episode, by a termination, a time limit or the trial's end
+    truncated: jax.Array  # (N,) bool: not by a termination
+    final_obs: jax.Array  # (N, O) what the agent would have seen next, had the episode gone on
+    raw_reward: jax.Array  # (N,) as the task gives it
+    discounted_return: jax.Array  # (N,) of raw rewards since the episode began
+    episode_return: jax.Array  # (N,) sum of raw rewards of the episode up to this step, undiscounted
+    episode_length: jax.Array  # (N,) int32, its steps
+
+
+class Trial(NamedTuple):
+    """What a trial or an episode may start from; a pool of n of them is drawn before every rollout."""
+
+    inner: tuple  # state of the task at the start of an episode
+    obs: jax.Array  # (n, o) the task's own observation
+    obs_matrix: jax.Array  # (n, o, projected_obs_size)
+    action_matrix: jax.Array  # (n, projected_action_size, a)
+
+
+class EnvState(NamedTuple):
+    """n copies of one task; of several tasks, there is a tuple of these."""
+
+    inner: tuple
+    obs_matrix: jax.Array
+    action_matrix: jax.Array
+    pool: Trial
+    trial_step: jax.Array  # (n,) int32, steps since the trial began
+    episode: jax.Array  # (n,) int32, episodes of the trial that have ended
+    episode_length: jax.Array
+    episode_return: jax.Array
+    discounted_return: jax.Array
+
+
+def random_orthonormal(key, n, rows, columns):
+    """n matrices (rows, columns), rows >= columns, uniform among those with orthonormal columns (Haar measure).
+
+    The signs of R's diagonal are what makes Q of a Gaussian matrix uniform (Mezzadri 2007).
+    """
+    q, r = jnp.linalg.qr(jax.random.normal(key, (n, rows, columns)))
+    return q * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None, :]
+
+
+class CopiesOf:
+    """n copies of one task, from gymnax or brax, behind random projections.
+
+    The task's observation o is squashed by symlog, needing no statistics, and embedded by a matrix with orthonormal
+    columns times sqrt(projected size / o's size): distances are kept up to that factor, no information is lost, and an
+    entry has the same variance whatever the size of o, so that padding and scale do not tell the task. The
+    agent's action goes through a matrix with orthonormal rows and is clipped to [-1, 1], the range of every task's
+    actions here: each of them is reached, by an action no longer than itself.
+    """
+
+    def __init__(self, name, args):
+        self.task, self.args = TASKS[name], args
+        import gymnax
+
+        if self.task.env_id in gymnax.registered_envs:
+            self.env, params = gymnax.make(self.task.env_id)
+            self.params = params.replace(**self.task.params)
+            self.space = self.env.action_space(self.params)
+            self.obs_size = len(self.task.seen) or self.env.observation_space(self.params).shape[0]
+            self.action_size = int(np.prod(self.space.shape))  # 1 for Discrete: its sign picks
+        else:
+            from brax import envs
+
+            self.env, self.params = envs.get_environment(self.task.env_id, backend=args.brax_backend), None
+            self.obs_size, self.action_size = self.env.observation_size, self.env.action_size
+        for flag, size, needed in (
+            ("--projected-obs-size", args.projected_obs_size, self.obs_size),
+            ("--projected-action-size", args.projected_action_size, self.action_size),
+        ):
+            if size < needed:
+                raise ValueError(f"{flag} {size} is too small for {name}: use {needed} or more")
+
+    # ---- one copy, unprojected
+    def start(self, key):
+        """State and observation (o,) at the start of an episode."""
+        if self.params is None:
+            state = self.env.reset(key)
+            return state, state.obs
+        obs, state = self.env.reset_env(key, self.params)
+        return state, self.visible(obs)
+
+    def physics(self, key, state, action):
+        """One step with action (a,) in [-1, 1]: state, observation (o,), reward and whether it terminated."""
+        if self.params is None:
+            state = self.env.step(state, action)
+            return state, state.obs, state.reward, state.done > 0.5
+        if hasattr(self.space, "n"):
+            action = (action[0] > 0).astype(jnp.int32)
+        else:
+            low, high = self.space.low, self.space.high
+            action = (low + (action.reshape(self.space.shape) + 1) / 2 * (high - low)).astype(jnp.float32)
+        obs, state, reward, terminated, _ = self.env.step_env(key, state, action, self.params)
+        return state, self.visible(obs), jnp.float32(reward) * self.task.reward_scale, terminated
+
+    def visible(self, obs):
+        return (obs[jnp.array(self.task.seen)] if self.task.seen else obs).astype(jnp.float32)
+
+    # ---- n copies
+    def draw(self, key, n) -> Trial:
+        start_key, obs_key, action_key = jax.random.split(key, 3)
+        inner, obs = jax.vmap(self.start)(jax.random.split(start_key, n))
+        O, A = self.args.projected_obs_size, self.args.projected_action_size
+        if self.args.projection:
+            obs_matrix = random_orthonormal(obs_key, n, O, self.obs_size).mT * np.sqrt(O / self.obs_size)
+            action_matrix = random_orthonormal(action_key, n, A, self.action_size)
+        else:
+            obs_matrix = jnp.tile(jnp.eye(self.obs_size, O), (n, 1, 1))
+            action_matrix = jnp.tile(jnp.eye(A, self.action_size), (n, 1, 1))
+        return Trial(inner, obs, obs_matrix, action_matrix)
+
+    def agent_obs(self, obs, obs_matrix, action, reward, new_episode, new_trial):
+        """What the agent sees, (n, O): projection, previous action and reward, zero as a trial starts, and two flags."""
+        projected = jnp.einsum("no,noO->nO", jnp.sign(obs) * jnp.log1p(jnp.abs(obs)), obs_matrix)
+        previous = jnp.where(new_trial[:, None], 0.0, jnp.concatenate([action, reward[:, None]], axis=1))
+        return jnp.concatenate([projected, previous, new_episode[:, None], new_trial[:, None]], axis=1)
+
+    def reset(self, key, n, stagger) -> tuple[EnvState, Timestep]:
+        pool_key, stagger_key = jax.random.split(key)
+        pool = self.draw(pool_key, n)
+        zero, steps, true = jnp.zeros(n), jnp.zeros(n, jnp.int32), jnp.ones(n, bool)
+        begun = jax.random.randint(stagger_key, (n,), 0, self.args.trial_length or self.args.trial_episodes)
+        begun = jnp.where(stagger, begun, 0)  # else all trials would end at once, and all memories start at once
+        trial_step, episode = (begun, steps) if self.args.trial_length else (steps, begun)
+        action = jnp.zeros((n, self.args.projected_action_size))
+        obs = self.agent_obs(pool.obs, pool.obs_matrix, action, zero, true, true)
+        inner, _, obs_matrix, action_matrix = pool
+        state = EnvState(inner, obs_matrix, action_matrix, pool, trial_step, episode, steps, zero, zero)
+        return state, Timestep(obs, true, zero, ~true, ~true, obs, zero, zero, zero, steps)
+
+    def step(self, key, state: EnvState, action, spread, trials_end) -> tuple[EnvState, Timestep]:
+        n = action.shape[0]
+        physics_key, start_key, matrix_key = jax.random.split(key, 3)
+        true_action = jnp.clip(jnp.einsum("nA,nAa->na", action, state.action_matrix), -1, 1)
+        inner, obs, raw_reward, terminated = jax.vmap(self.physics)(
+            jax.random.split(physics_key, n), state.inner, true_action
+        )
+        reward = raw_reward / spread
+        episode_length, trial_step = state.episode_length + 1, state.trial_step + 1
+        ended = terminated | (episode_length >= self.task.episode_length)
+        episode = state.episode + ended
+        if self.args.trial_length:
+            new_trial = trials_end & (trial_step >= self.args.trial_length)
+        else:
+            new_trial = trials_end & (episode >= self.args.trial_episodes)
+        done = ended | new_trial
+        final_obs = self.agent_obs(obs, state.obs_matrix, action, reward, jnp.zeros(n), new_trial & False)
+
+        def choose(where, new, old):
+            return jax.tree.map(lambda x, y: jnp.where(where.reshape((n,) + (1,) * (x.ndim - 1)), x, y), new, old)
+
+        starts, matrices = (jax.random.randint(k, (n,), 0, n) for k in (start_key, matrix_key))
+        new_start = jax.tree.map(lambda x: x[starts], (state.pool.inner, state.pool.obs))
+        new_matrices = (state.pool.obs_matrix[matrices], state.pool.action_matrix[matrices])
+        inner, obs = choose(done, new_start, (inner, obs))
+        obs_matrix, action_matrix = choose(new_trial, new_matrices, (state.obs_matrix, state.action_matrix))
+        episode_return = state.episode_return + raw_reward
+        discounted_return = self.args.gamma * state.discounted_return + raw_reward
+        timestep = Timestep(
+            obs=self.agent_obs(obs, obs_matrix, action, reward, done, new_trial),
+            reset=new_trial,
+            reward=reward,
+            done=done,
+            truncated=done & ~terminated,
+            final_obs=final_obs,
+            raw_reward=raw_reward,
+            discounted_return=discounted_return,
+            episode_return=episode_return,
+            episode_length=episode_length,
+        )
+        zero_if_done = choose(
+            done,
+            (0 * episode_length, 0 * episode_return, 0 * discounted_return),
+            (episode_length, episode_return, discounted_return),
+        )
+        trial_step, episode = choose(new_trial, (0 * trial_step, 0 * episode), (trial_step, episode))
+        return EnvState(inner, obs_matrix, action_matrix, state.pool, trial_step, episode, *zero_if_done), timestep
+
+
+def join(timesteps):
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *timesteps)
+
+
+class Environment:
+    """Several tasks side by side. Each has an equal, fixed share of the N environments, so none is stepped in vain.
+
+    Raises ValueError if a task does not fit into the projected sizes.
+    """
+
+    def __init__(self, names, args, trials_end=True):
+        self.names, self.trials_end = names, trials_end
+        self.tasks = [CopiesOf(name, args) for name in names]
+        self.obs_size = args.projected_obs_size + args.projected_action_size + 3  # O
+
+    def reset(self, key, num_envs) -> tuple[tuple, Timestep]:
+        keys, n = jax.random.split(key, len(self.tasks)), num_envs // len(self.tasks)
+        parts = [task.reset(k, n, self.trials_end) for task, k in zip(self.tasks, keys, strict=True)]
+        states, timesteps = zip(*parts, strict=True)
+        return states, join(timesteps)
+
+    def redraw(self, key, states) -> tuple:
+        """Gives every task new start states and matrices to draw from; those in use stay."""
+        keys = jax.random.split(key, len(self.tasks))
+        parts = zip(self.tasks, keys, states, strict=True)
+        return tuple(state._replace(pool=task.draw(k, len(state.episode))) for task, k, state in parts)
+
+    def step(self, key, states, action, spread) -> tuple[tuple, Timestep]:
+        """Steps all N environments with action (N, A); spread (K,) is what each task's rewards are divided by."""
+        keys = jax.random.split(key, len(self.tasks))
+        parts = zip(self.tasks, keys, states, jnp.split(action, len(self.tasks)), spread, strict=True)
+        parts = [task.step(k, state, a, s, self.trials_end) for task, k, state, a, s in parts]
+        states, timesteps = zip(*parts, strict=True)
+        return states, join(timesteps)
+
+
+# ==== Sequence model: S5 with resets inside the scan ==================================================================
+def hippo_normal(state_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues (P,) and eigenvectors (2P, P), complex128, of the normal part of HiPPO-LegS of size 2P.
+
+    That matrix is -1/2 on the diagonal plus a skew part, so its eigenvalues come in conjugate pairs; one of each is
+    kept (Gu et al. 2022), since the other adds the conjugate: hence 2 Re(Cx) in S5. Starting there gives a wide range
+    of frequencies, all of which decay. NumPy in float64, since it is needed once and float32 loses digits.
+    """
+    root = np.sqrt(np.arange(2 * state_size) + 0.5)
+    upper = np.triu(np.outer(root, root), k=1)
+    frequency, vectors = np.linalg.eigh(-1j * (upper - upper.T))  # of a Hermitian matrix: real, ascending
+    return -0.5 + 1j * frequency[state_size:], vectors[:, state_size:]
+
+
+def linear_recurrence(a_bar, bu, reset, state, parallel, reverse=False):
+    """x_t = a_bar (1 - reset_t) x_{t-1} + bu_t for all t, in one of two ways; shapes as in `s5_scan`."""
+    if not parallel:
+
+        def step(x, inputs):
+            bu, reset = inputs
+            x = jnp.where(reset[:, None], 0.0, a_bar * x) + bu
+            return x, x
+
+        return jax.lax.scan(step, state, (bu, reset), reverse=reverse)[1]
+
+    a = jnp.where(reset[..., None], 0.0, a_bar)  # (T, N, P)
+    first = -1 if reverse else 0  # the first step taken is the one that the initial state enters
+    bu = bu.at[first].add(a[first] * state)
+
+    def compose(earlier, later):  # two affine maps x -> a x + b, one after the other
+        return earlier[0] * later[0], later[0] * earlier[1] + later[1]
+
+    return jax.lax.associative_scan(compose, (a, bu), reverse=reverse)[1]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def s5_scan(a_bar, bu, reset, state, parallel):
+    """States x (T, N, P) of x_t = a_bar (1 - reset_t) x_{t-1} + bu_t, from x_{-1} = state.
+
+    The paper's resettable operator carries the reset as a third element of the scan; setting a_bar to zero where an
+    episode starts gives the same states with two. `parallel` picks the associative scan, of logarithmic depth, or
+    the step-by-step one, which does less work and wins where nothing runs in parallel, on a CPU. The gradient is
+    the same recurrence run backwards in time, so that of the forward pass only x is kept.
+
+    Shapes: a_bar (P,), bu (T, N, P), reset (T, N) bool, state (N, P); complex but for reset.
+    """
+    return linear_recurrence(a_bar, bu, reset, state, parallel)
+
+
+def s5_scan_forward(a_bar, bu, reset, state, parallel):
+    x = linear_recurrence(a_bar, bu, reset, state, parallel)
+    return x, (a_bar, reset, state, x)
+
+
+def s5_scan_backward(parallel, residuals, grad_x):
+    a_bar, reset, state, x = residuals
+    # The chain rule: grad_bu_t = grad_x_t + a_bar (1 - reset_{t+1}) grad_bu_{t+1}. JAX's convention has no conjugates.
+    next_reset = jnp.concatenate([reset[1:], jnp.ones_like(reset[:1])])  # nothing comes after the last step
+    grad_bu = linear_recurrence(a_bar, grad_x, next_reset, jnp.zeros_like(state), parallel, reverse=True)
+    carried = jnp.where(reset[..., None], 0.0, grad_bu)  # (T, N, P), what flows on to x_{t-1}
+    grad_a_bar = (carried * jnp.concatenate([state[None], x[:-1]])).sum((0, 1))  # (P,)
+    return grad_a_bar, grad_bu, None, a_bar * carried[0]
+
+
+s5_scan.defvjp(s5_scan_forward, s5_scan_backward)
+
+
+class S5(nn.Module):
+    """Diagonal state space layer (Smith et al. 2023): x' = Λx + Bu, y = 2 Re(Cx) + Du, sampled at Δ.
+
+    In steps: x_t = a_bar x_{t-1} + scale B u_t with a_bar = exp(ΛΔ); Λ is diagonal, and every state has its own Δ.
+    Call with state (N, P) complex64, u (T, N, D), reset (T, N) bool; returns the last state and y (T, N, D).
+    """
+
+    args: Args
+
+    @nn.compact
+    def __call__(self, state, u, reset):
+        (T, N, D), P = u.shape, self.args.state_size
+        hippo, vectors = hippo_normal(P)
+
+        # B and C start real and are turned into the eigenbasis. Real and imaginary parts are separate real parameters:
+        # the optimiser never sees a complex gradient, and products of real matrices are faster.
+        def init_b(key):
+            b = vectors.conj().T @ jax.random.normal(key, (2 * P, D)) / np.sqrt(D)  # (P, D)
+            return jnp.stack([b.real.T, b.imag.T])  # (2, D, P)
+
+        def init_c(key):
+            c = jax.random.normal(key, (D, 2 * P)) @ vectors / np.sqrt(2 * P)  # (D, P)
+            return jnp.stack([c.real.T, c.imag.T])  # (2, P, D)
+
+        def init_log_dt(key):
+            return jax.random.uniform(key, (P,), minval=np.log(self.args.dt_min), maxval=np.log(self.args.dt_max))
+
+        # The real part of Λ is minus an exponential: no gradient step can make the layer unstable.
+        log_decay = self.param("log_decay", lambda _: jnp.asarray(np.log(-hippo.real), jnp.float32))
+        frequency = self.param("frequency", lambda _: jnp.asarray(hippo.imag, jnp.float32))
+        b = self.param("B", init_b)
+        c = self.param("C", init_c)
+        d = self.param("D", nn.initializers.normal(1.0), (D,))
+        dt = jnp.exp(self.param("log_dt", init_log_dt))
+
+        lam = jax.lax.complex(-jnp.exp(log_decay), frequency)
+        a_bar = jnp.exp(lam * dt)  # (P,)
+        # White input of variance 1 gives a state of variance scale^2 / (1 - |a_bar|^2): one, if not --zoh, whatever Δ.
+        scale = (a_bar - 1) / lam if self.args.zoh else jnp.sqrt(-jnp.expm1(2 * lam.real * dt))
+
+        # Matrix products see T and N as one axis: a weight gradient that sums over two is three times slower on a CPU.
+        b_bar = jax.lax.complex(b[0], b[1]) * scale
+        u_flat = u.reshape(T * N, D)
+        bu = jax.lax.complex(u_flat @ b_bar.real, u_flat @ b_bar.imag).reshape(T, N, P)
+        x = s5_scan(a_bar, bu, reset, state, jax.default_backend() != "cpu")
+        x_flat = x.reshape(T * N, P)
+        y = 2 * (x_flat.real @ c[0] - x_flat.imag @ c[1]) + d * u_flat  # 2 Re(Cx) + Du
+        return x[-1], y.reshape(T, N, D)
+
+
+class SequenceModel(nn.Module):
+    """Pre-norm residual blocks: LayerNorm, S5, GELU, gated linear unit.
+
+    carry: a tuple of S5 states, one a block. Call with x (T, N, D), reset (T, N); returns carry and y (T, N, D).
+    T is 1 when acting and num_steps when learning, with the same numbers up to rounding.
+    """
+
+    args: Args
+
+    @nn.compact
+    def __call__(self, carry, x, reset):
+        T, N, D = x.shape
+        next_carry = []
+        for state in carry:
+            state, y = S5(self.args)(state, nn.LayerNorm()(x), reset)
+            y = nn.gelu(y).reshape(T * N, D)
+            x = x + (y * nn.sigmoid(nn.Dense(D)(y))).reshape(T, N, D)
+            next_carry.append(state)
+        return tuple(next_carry), x
+
+    def initial_carry(self, num_envs):
+        return (jnp.zeros((num_envs, self.args.state_size), jnp.complex64),) * self.args.num_layers
+
+
+# ==== Actor-critic ====================================================================================================
+class ActorCritic(nn.Module):
+    """Encoder, sequence model, and heads for a Gaussian policy, the value, and the outcome of an action.
+
+    Call with carry, obs (T, N, O), reset (T, N), action (T, N, A); returns carry, the policy's mean and log standard
+    deviation (T, N, A) each, value (T, N), and the prediction (T, N, outcome_size) of what the action leads to.
+    """
+
+    args: Args
+
+    @nn.compact
+    def __call__(self, carry, obs, reset, action):
+        (T, N, O), A = obs.shape, self.args.projected_action_size
+
+        def dense(x, size, scale=np.sqrt(2)):
+            return nn.Dense(size, kernel_init=nn.initializers.orthogonal(scale))(x)
+
+        x = nn.relu(dense(obs.reshape(T * N, O), self.args.encoder_size))
+        x = nn.relu(dense(x, self.args.d_model)).reshape(T, N, self.args.d_model)
+        carry, x = SequenceModel(self.args)(carry, x, reset)
+        x = x.reshape(T * N, self.args.d_model)
+
+        def head(x, size, scale):
+            hidden = nn.relu(dense(nn.relu(dense(x, self.args.head_size)), self.args.head_size))
+            return dense(hidden, size, scale).reshape(T, N, size)
+
+        # How much to explore depends on what the memory holds, so the deviation is an output as well. It stays between
+        # 0.1 and 2 and starts near 0.5: left free, it collapsed or blew up.
+        mean, log_std = jnp.split(head(x, 2 * A, 0.01), 2, axis=-1)
+        log_std = np.log(0.1) + (np.log(2) - np.log(0.1)) * nn.sigmoid(log_std)
+        value = head(x, 1, 0.01)[..., 0]
+        outcome = head(jnp.concatenate([x, action.reshape(T * N, A)], axis=1), self.args.projected_obs_size + 1, 1.0)
+        return carry, (mean, log_std), value, outcome
+
+
+# ==== PPO =============================================================================================================
+class Transition(NamedTuple):
+    """A rollout, every field with leading axes (T, N)."""
+
+    obs: jax.Array
+    reset: jax.Array  # obs[t] is the first of a trial: what the memory goes by
+    action: jax.Array  # (T, N, A), as drawn; the environment clips
+    log_prob: jax.Array
+    value: jax.Array
+    reward: jax.Array
+    done: jax.Array  # action[t] ended an episode: what the advantage goes by
+    outcome: jax.Array  # (T, N, projected_obs_size + 1), the observation and reward that action[t] led to
+    discounted_return: jax.Array  # of raw rewards
+
+
+class TrainState(NamedTuple):
+    """All that training needs to go on: a checkpoint holds this and nothing else. Axis N is split over the devices."""
+
+    params: dict
+    opt_state: tuple
+    env_state: tuple
+    obs: jax.Array  # (N, O)
+    reset: jax.Array  # (N,)
+    carry: tuple  # the sequence model's memory before it has seen obs
+    key: jax.Array
+    num_updates: jax.Array  # int32, updates done
+    return_mean: jax.Array  # (K,) mean and variance of each task's discounted raw returns in all rollouts so far
+    return_var: jax.Array
+
+
+def gae(reward, value, done, last_value, gamma, gae_lambda):
+    """Generalised advantage estimates (Schulman et al. 2016), (T, N) as the first three arguments are.
+
+    last_value (N,) is the value of the observation after the last step.
+
+    `done` stops both the bootstrap and the trace. Where a time limit is no real end, its value is already in reward.
+    """
+
+    def step(later, inputs):
+        advantage, next_value = later
+        reward, value, done = inputs
+        delta = reward + gamma * jnp.where(done, 0.0, next_value) - value
+        advantage = delta + gamma * gae_lambda * jnp.where(done, 0.0, advantage)
+        return (advantage, value), advantage
+
+    return jax.lax.scan(step, (jnp.zeros_like(last_value), last_value), (reward, value, done), reverse=True)[1]
+
+
+def gaussian(policy, action):
+    """Log-probability of the action and entropy, both (...,), from mean, log_std and action, each (..., A)."""
+    mean, log_std = policy
+    log_prob = -0.5 * jnp.square((action - mean) / jnp.exp(log_std)) - log_std - 0.5 * np.log(2 * np.pi)
+    return log_prob.sum(-1), (log_std + 0.5 * np.log(2 * np.pi * np.e)).sum(-1)
+
+
+def ppo_loss(params, network, carry, batch, advantage, target, ent_coef, args):
+    """Clipped objective, value loss and entropy bonus (Schulman et al. 2017), and the prediction's squared error.
+
+    batch: Transition (T, M); carry: the memory, leading axis M, that the rollout began with; advantage, target (T, M).
+    Returns the scalar loss and a dict of scalars to log.
+    """
+    _, policy, value, outcome = network.apply(params, carry, batch.obs, batch.reset, batch.action)
+    log_prob, entropy = gaussian(policy, batch.action)
+    log_ratio = log_prob - batch.log_prob
+    ratio = jnp.exp(log_ratio)
+    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    clipped = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+    policy_loss = -jnp.minimum(ratio * advantage, clipped * advantage).mean()
+    value_loss = 0.5 * jnp.square(value - target).mean()
+    prediction_loss = jnp.square(outcome - batch.outcome).mean()
+    loss = policy_loss + args.vf_coef * value_loss - ent_coef * entropy.mean() + args.prediction_coef * prediction_loss
+    return loss, {
+        "losses/policy_loss": policy_loss,
+        "losses/value_loss": value_loss,
+        "losses/prediction_loss": prediction_loss,
+        "losses/entropy": entropy.mean(),
+        "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # k3 of Schulman's note: unbiased, never negative
+        "losses/clipfrac": (jnp.abs(ratio - 1) > args.clip_coef).mean(),
+    }
+
+
+def learning_rate_schedule(args):
+    """The step size as a function of the number of optimiser steps taken."""
+    steps = args.num_updates * args.update_epochs * args.num_minibatches
+    return optax.linear_schedule(args.learning_rate, 0.0 if args.anneal_lr else args.learning_rate, steps)
+
+
+def make_train(args, env):
+    """Two pure functions: `init(key)` gives a TrainState; `train(state)` runs updates_per_call updates on it.
+
+    Both are one program for all devices (SPMD): each device steps and learns from its own share of the environments,
+    whose advantages it normalises, and averages its gradients with the others', so that all have the same parameters.
+    """
+    num_envs, K = args.num_envs // args.num_devices, len(env.names)
+    network = ActorCritic(args)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(args.max_grad_norm), optax.adam(learning_rate_schedule(args), eps=1e-5)
+    )
+
+    def init(key) -> TrainState:
+        key, env_key, params_key = jax.random.split(key, 3)
+        env_key = jax.random.fold_in(env_key, jax.lax.axis_index("devices"))
+        env_state, first = env.reset(env_key, num_envs)
+        carry = SequenceModel(args).initial_carry(num_envs)
+        action = jnp.zeros((1, num_envs, args.projected_action_size))
+        params = network.init(params_key, carry, first.obs[None], first.reset[None], action)
+        opt_state, num_updates = optimizer.init(params), jnp.zeros((), jnp.int32)
+        return_var = jnp.square(jnp.array([TASKS[name].spread for name in env.names]))  # until there is a rollout
+        return TrainState(
+            params, opt_state, env_state, first.obs, first.reset, carry, key, num_updates, 0 * return_var, return_var
+        )
+
+    def act(state: TrainState, key):
+        """One step of the rollout."""
+        action_key, env_key = jax.random.split(key)
+        no_action = jnp.zeros((1, num_envs, args.projected_action_size))  # its prediction is not asked for here
+        carry, (mean, log_std), value, _ = network.apply(
+            state.params, state.carry, state.obs[None], state.reset[None], no_action
+        )
+        action = mean + jnp.exp(log_std) * jax.random.normal(action_key, mean.shape)  # (1, N, A)
+        env_state, timestep = env.step(env_key, state.env_state, action[0], jnp.sqrt(state.return_var) + 1e-3)
+        # A time limit cuts off what the episode was still worth: add it, judged with the memory of before the reset.
+        # After a termination nothing comes, though the trial goes on: else to fall would cost nothing.
+        final_obs, no_reset = timestep.final_obs[None], jnp.zeros_like(state.reset)[None]
+        _, _, final_value, _ = network.apply(state.params, carry, final_obs, no_reset, no_action)
+        reward = timestep.reward + args.gamma * jnp.where(timestep.truncated, final_value[0], 0.0)
+        log_prob, _ = gaussian((mean, log_std), action)
+        outcome = jnp.concatenate([timestep.final_obs[:, : args.projected_obs_size], timestep.reward[:, None]], axis=1)
+        transition = Transition(
+            state.obs,
+            state.reset,
+            action[0],
+            log_prob[0],
+            value[0],
+            reward,
+            timestep.done,
+            outcome,
+            timestep.discounted_return,
+        )
+        done = timestep.done.reshape(K, -1)
+        returns = jnp.where(done, timestep.episode_return.reshape(K, -1), 0.0)
+        reset = timestep.reset & args.reset_memory
+        state = state._replace(env_state=env_state, obs=timestep.obs, reset=reset, carry=carry)
+        return state, (transition, (done.sum(1), returns.sum(1)))
+
+    def update(state: TrainState, _):
+        """One rollout, and update_epochs passes over it."""
+        key, device_key = jax.random.split(state.key)
+        device_key = jax.random.fold_in(device_key, jax.lax.axis_index("devices"))
+        act_key, pool_key, *epoch_keys = jax.random.split(device_key, 2 + args.update_epochs)
+        ent_coef = args.ent_coef * (1 - state.num_updates / args.num_updates if args.anneal_ent_coef else 1)
+        state = state._replace(env_state=env.redraw(pool_key, state.env_state))
+        first_carry = state.carry  # as acting left it; each pass over the rollout starts from it again
+        state, (batch, episodes) = jax.lax.scan(act, state, jax.random.split(act_key, args.num_steps))
+        _, _, last_value, _ = network.apply(
+            state.params, state.carry, state.obs[None], state.reset[None], batch.action[:1]
+        )
+        advantage = gae(batch.reward, batch.value, batch.done, last_value[0], args.gamma, args.gae_lambda)
+        target = advantage + batch.value
+
+        # Welford's update: rewards are divided by the spread of their task's returns in all rollouts so far.
+        returns = batch.discounted_return.reshape(args.num_steps, K, -1)
+        mean = jax.lax.pmean(returns.mean((0, 2)), "devices")  # (K,)
+        var = jax.lax.pmean(jnp.square(returns - mean[:, None]).mean((0, 2)), "devices")
+        shift, count = mean - state.return_mean, state.num_updates + 1
+        return_mean = state.return_mean + shift / count
+        var = state.return_var + (var + shift * (mean - return_mean) - state.return_var) / count
+        state = state._replace(return_mean=return_mean, return_var=var)
+
+        def learn(params_and_opt_state, env_ids):
+            """One gradient step on the environments env_ids (M,), over the whole length of the rollout."""
+            params, opt_state = params_and_opt_state
+            carry = jax.tree.map(lambda x: x[env_ids], first_carry)
+            minibatch = jax.tree.map(lambda x: x[:, env_ids], (batch, advantage, target))
+            grads, losses = jax.grad(ppo_loss, has_aux=True)(params, network, carry, *minibatch, ent_coef, args)
+            flat, unflatten = jax.flatten_util.ravel_pytree(grads)  # one message between devices, not one an array
+            grads = unflatten(jax.lax.pmean(flat, "devices"))
+            losses["losses/grad_norm"] = optax.global_norm(grads)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), losses
+
+        order = jnp.concatenate([jax.random.permutation(k, num_envs) for k in epoch_keys])
+        order = order.reshape(args.update_epochs * args.num_minibatches, -1)  # (gradient steps, M)
+        (params, opt_state), losses = jax.lax.scan(learn, (state.params, state.opt_state), order)
+        losses["losses/explained_variance"] = 1 - (target - batch.value).var() / (target.var() + 1e-8)
+        state = state._replace(params=params, opt_state=opt_state, key=key, num_updates=state.num_updates + 1)
+        return state, (jax.tree.map(jnp.mean, losses), jax.tree.map(lambda x: x.sum(0), episodes))
+
+    def train(state: TrainState) -> tuple[TrainState, dict]:
+        """Metrics are means over updates, or over all episodes that ended, NaN if none did."""
+        state, (losses, episodes) = jax.lax.scan(update, state, length=args.updates_per_call)
+        metrics = jax.lax.pmean(jax.tree.map(jnp.mean, losses), "devices")
+        count, returns = jax.lax.psum(jax.tree.map(lambda x: x.sum(0), episodes), "devices")  # (K,) each
+        zero, one = (jnp.array([getattr(TASKS[name], x) for name in env.names]) for x in ("zero", "one"))
+        metrics["charts/score"] = ((returns / count - zero) / (one - zero)).mean()
+        for name, episodes, total in zip(env.names, count, returns, strict=True):
+            metrics |= {f"charts/episodes/{name}": episodes, f"charts/episodic_return/{name}": total / episodes}
+        return state, metrics
+
+    split, copied = jax.P("devices"), jax.P()
+    specs = TrainState(copied, copied, split, split, split, split, copied, copied, copied, copied)
+    mesh = jax.make_mesh((args.num_devices,), ("devices",), devices=jax.devices()[: args.num_devices])
+    init = jax.shard_map(init, mesh=mesh, in_specs=copied, out_specs=specs, check_vma=False)
+    return init, jax.shard_map(train, mesh=mesh, in_specs=(specs,), out_specs=(specs, copied), check_vma=False)
+
+
+# ==== Evaluation ======================================================================================================
+MEMORIES = ("kept", "wiped every episode", "wiped every step")  # the first is the agent; what it lacks is in the others
+
+
+class EvalState(NamedTuple):
+    env_state: tuple
+    timestep: Timestep
+    carry: tuple
+
+
+def evaluate(params, spread, key, memory, args, env):
+    """Raw rewards and episode ends, (S, K E) each, of E = eval_trials trials of each of env's K tasks.
+
+    memory: index of MEMORIES. The trials of one key have the same matrices whatever the memory. Actions are sampled, as
+    in training: to explore is part of the policy. Nothing is learned but in the memory.
+    S is eval_trial_length and then as long as an episode may last, so that each begun by then is whole.
+    """
+    network, num_envs = ActorCritic(args), len(env.names) * args.eval_trials
+    reset_key, key = jax.random.split(key)
+    longest = max(task.task.episode_length for task in env.tasks)
+    num_steps = args.eval_trial_length * (1 if args.trial_length else longest) + (longest if args.trial_length else 0)
+
+    def step(s: EvalState, key):
+        action_key, env_key = jax.random.split(key)
+        reset = s.timestep.reset | ((memory == 1) & s.timestep.done) | (memory == 2)
+        no_action = jnp.zeros((1, num_envs, args.projected_action_size))
+        carry, (mean, log_std), _, _ = network.apply(params, s.carry, s.timestep.obs[None], reset[None], no_action)
+        action = mean + jnp.exp(log_std) * jax.random.normal(action_key, mean.shape)
+        env_state, timestep = env.step(env_key, s.env_state, action[0], spread)
+        frame = s.env_state[0].inner.pipeline_state if args.render else None
+        return EvalState(env_state, timestep, carry), (timestep.raw_reward, timestep.done, frame)
+
+    carry = SequenceModel(args).initial_carry(num_envs)
+    start = EvalState(*env.reset(reset_key, num_envs), carry)
+    return jax.lax.scan(step, start, jax.random.split(key, num_steps))[1]
+
+
+def episodes_of(rewards, dones, args):
+    """Trial, index within it, first step and return of every episode begun in time; from (S, E) rewards and ends."""
+    S, E = rewards.shape
+    ends = np.cumsum(dones, axis=0)
+    index = np.vstack([np.zeros((1, E), int), ends[:-1]])  # (S, E) of the episode at each step
+    rows = []
+    for trial in range(E):
+        num = int(ends[-1, trial])
+        returns = np.bincount(index[:, trial], rewards[:, trial])[:num]
+        first = np.concatenate([[0], np.flatnonzero(dones[:, trial])[:-1] + 1])[:num]
+        begun = first < args.eval_trial_length if args.trial_length else np.arange(num) < args.eval_trial_length
+        rows += [(trial, i, first[i], returns[i]) for i in np.flatnonzero(begun)]
+    return np.array(rows)  # (episodes, 4)
+
+
+def adaptation(rewards, dones, env, args):
+    """What one evaluation shows, as rows of adaptation.csv.
+
+    rewards, dones: (seeds, memories, S, K E). Of each task and memory, over the trials of all seeds: the score against
+    the index of the episode, the reward against the step of the trial in 20 parts, and the score over the second half
+    of the trial (mean over its episodes, then over trials), each with the half-width of a 95 % interval.
+    """
+    length = args.eval_trial_length if args.trial_length else rewards.shape[2]
+    rows = []
+    for k, name in enumerate(env.names):
+        task, mine = TASKS[name], np.arange(rewards.shape[3]).reshape(len(env.names), -1)[k]
+        halves = []
+        for m, memory in enumerate(MEMORIES):
+            reward, done = (np.concatenate(x[:, m][:, :, mine], axis=1) for x in (rewards, dones))  # (S, trials)
+            trial, index, first, returns = episodes_of(reward, done, args).T
+            score = (returns - task.zero) / (task.one - task.zero)
+            second = (first if args.trial_length else index) >= args.eval_trial_length / 2
+            half = np.array([score[second & (trial == i)].mean() for i in np.unique(trial[second])])
+            halves.append(half)
+            samples = [("second half", 0, half)]
+            samples += [("episode", i, score[index == i]) for i in range(int(index.max()) + 1)]
+            parts = np.array_split(reward[:length], min(20, length))
+            samples += [("step", length * (i + 0.5) / len(parts), part.mean(0)) for i, part in enumerate(parts)]
+            if memory != MEMORIES[0] and len(half) == len(halves[0]):
+                samples += [("kept minus this", 0, halves[0] - half)]
+            for against, x, sample in samples:
+                width = 1.96 * sample.std(ddof=1) / np.sqrt(len(sample)) if len(sample) > 1 else np.nan
+                row = {"task": name, "memory": memory, "against": against, "x": x, "mean": sample.mean()}
+                rows.append(row | {"interval": width, "trials": len(sample)})
+    return rows
+
+
+def report(run_dir, rows, env, args, console):
+    """adaptation.csv, adaptation.png and a printed table from the rows of `adaptation`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with (run_dir / "adaptation.csv").open("w", newline="") as f:
+        table = csv.DictWriter(f, rows[0], lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+    def pick(*wanted):
+        return [r for r in rows if (r["task"], r["memory"], r["against"]) == wanted]
+
+    fig, axes = plt.subplots(
+        2, len(env.names), figsize=(3 * len(env.names) + 1, 5), layout="constrained", squeeze=False
+    )
+    for name, column in zip(env.names, axes.T, strict=True):
+        for ax, against in zip(column, ("episode", "step"), strict=True):
+            for i, memory in enumerate(MEMORIES):
+                x, mean, width, trials = np.array(
+                    [(r["x"], r["mean"], r["interval"], r["trials"]) for r in pick(name, memory, against)]
+                ).T
+                many = trials >= 0.5 * trials[0]  # episodes that few trials came to are chosen by their being short
+                ax.plot(x[many], mean[many], color=f"C{i}", label=f"memory {memory}")
+                ax.fill_between(x[many], (mean - width)[many], (mean + width)[many], color=f"C{i}", alpha=0.2, lw=0)
+            trained = args.trial_episodes if against == "episode" else args.trial_length
+            if trained:
+                ax.axvline(trained, color="grey", linestyle=":", linewidth=1)  # trials of training end here
+            ax.set(xlabel=f"{against} of the trial", ylabel="score" if against == "episode" else "reward per step")
+        column[0].set_title(name + (" (held out)" if name in args.held_out_tasks else ""))
+    axes[0, 0].legend(fontsize="x-small")
+    fig.savefig(run_dir / "adaptation.png", dpi=150)
+    plt.close(fig)
+
+    table = Table("task", *(f"memory {m}" for m in MEMORIES), "kept - wiped every step")
+    table.title = "score over the second half of a trial: 0 random or idle, 1 specialist; 95 % interval over trials"
+    for name in env.names:
+        cells = [pick(name, memory, "second half") for memory in MEMORIES] + [
+            pick(name, MEMORIES[2], "kept minus this")
+        ]
+        title = name + (" (held out)" if name in args.held_out_tasks else "")
+        table.add_row(title, *(f"{c[0]['mean']:.2f} ± {c[0]['interval']:.2f}" if c else "–" for c in cells))
+    console.print(table)
+
+
+# ==== Run directory ===================================================================================================
+def new_run_dir(args, task) -> Path:
+    run_dir = Path("runs") / f"{Path(__file__).stem}__{task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir.mkdir(parents=True)
+    here = Path(__file__).resolve().parent
+    git = shutil.which("git") and subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    )
+    config = {
+        "args": dataclasses.asdict(args) | {"resume": None},
+        "command": " ".join(sys.argv),
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "gymnax", "brax")},
+        "git_commit": git.stdout.strip() if git else None,
+    }
+    (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return run_dir
+
+
+class MetricsLog:
+    """Appends a row a call and seed to metrics.csv, TensorBoard and, with --track, Weights & Biases."""
+
+    def __init__(self, run_dir, args, last_update):
+        from tensorboardX import SummaryWriter
+
+        self.path, self.args = run_dir / "metrics.csv", args
+        if self.path.exists():  # a resumed run: forget what was logged after its checkpoint
+            rows = last_update // args.updates_per_call * args.num_seeds
+            self.path.write_text("".join(self.path.read_text().splitlines(keepends=True)[: 1 + rows]))
+        first_step = last_update * args.batch_size + 1
+        folders = [run_dir / "tensorboard" / f"seed_{args.seed + i}" for i in range(args.num_seeds)]
+        self.writers = [SummaryWriter(str(folder), purge_step=first_step) for folder in folders]
+        if args.track:
+            import wandb
+
+            config = json.loads((run_dir / "config.json").read_text())
+            self.wandb = wandb.init(project=args.wandb_project_name, id=run_dir.name, resume="allow", config=config)
+
+    def write(self, update, metrics, steps_per_second):
+        """metrics: what `train` returns, with a leading axis of seeds."""
+        args, step = self.args, update * self.args.batch_size
+        gradient_steps = update * args.update_epochs * args.num_minibatches
+        for i, writer in enumerate(self.writers):
+            row = {name: float(values[i]) for name, values in metrics.items()}
+            row = {name: None if np.isnan(value) else value for name, value in row.items()}  # nothing ended: no number
+            row["charts/learning_rate"] = float(learning_rate_schedule(args)(gradient_steps - 1))
+            row["charts/SPS"] = round(steps_per_second)
+            with self.path.open("a", newline="") as f:
+                where = {"update": update, "global_step": step, "seed": args.seed + i}
+                table = csv.DictWriter(f, where | row, lineterminator="\n")
+                if f.tell() == 0:
+                    table.writeheader()
+                table.writerow(where | row)
+            scalars = {name: value for name, value in row.items() if value is not None}
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step)
+            if args.track:
+                prefix = f"seed_{args.seed + i}/" if args.num_seeds > 1 else ""
+                self.wandb.log({prefix + name: value for name, value in scalars.items()} | {"global_step": step})
+
+    def close(self):
+        for writer in self.writers:
+            writer.close()
+        if self.args.track:
+            self.wandb.finish()
+
+
+def plot_learning_curve(run_dir, args, metric, baseline, baseline_label):
+    """learning_curve.png from metrics.csv: mean over seeds of a metric, its 95 % interval (Student's t), each seed."""
+    import matplotlib
+    from scipy import stats
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with (run_dir / "metrics.csv").open(newline="") as f:
+        rows = [(float(row["global_step"]), float(row[metric] or "nan")) for row in csv.DictReader(f)]
+    curve = np.array(rows).reshape(-1, args.num_seeds, 2)  # (calls, seeds, step and return)
+    curve = curve[~np.isnan(curve).any(axis=(1, 2))]  # leave out where no episode ended
+    steps, returns, mean = curve[:, 0, 0], curve[..., 1], curve[..., 1].mean(axis=1)
+    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    if args.num_seeds > 1:
+        half = stats.sem(returns, axis=1) * stats.t.ppf(0.975, args.num_seeds - 1)
+        ax.plot(steps, returns, color="C0", alpha=0.3, linewidth=0.8)
+        ax.fill_between(steps, mean - half, mean + half, color="C0", alpha=0.2, linewidth=0, label="95 % interval")
+    ax.plot(steps, mean, color="C0", label=f"mean of {args.num_seeds} seed(s)")
+    ax.axhline(baseline, color="grey", linestyle="--", linewidth=1, label=baseline_label)
+    ax.set(xlabel="environment steps", ylabel=metric, title=run_dir.name.rsplit("__", 2)[0])
+    ax.legend()
+    fig.savefig(run_dir / "learning_curve.png", dpi=150)
+    plt.close(fig)
+
+
+# ==== Main ============================================================================================================
+def over_seeds(function, args):
+    """vmap over the leading axis of seeds; a single seed is unwrapped instead, which compiles and runs faster."""
+    if args.num_seeds > 1:
+        return jax.vmap(function)
+    return lambda x: jax.tree.map(lambda y: y[None], function(jax.tree.map(lambda y: y[0], x)))
+
+
+def setup() -> tuple[Args, Environment, Environment]:
+    """Flags, the environments to train in and to evaluate in; or one line on stderr and exit code 2."""
+    args = tyro.cli(Args, description=__doc__)
+    try:
+        run_dir = args.resume or args.eval_only
+        if run_dir:
+            flag = "--resume" if args.resume else "--eval-only"
+            own = ("resume",) if args.resume else ("eval_only", "eval_trials", "eval_trial_length", "render")
+            given = {name: getattr(args, name) for name in own}
+            if dataclasses.replace(args, **{name: getattr(Args(), name) for name in own}) != Args():
+                raise ValueError(f"{flag} takes the run's own flags: drop all but {', '.join(own)}")
+            config = run_dir / "config.json"
+            if not config.is_file() or not (run_dir / "checkpoint").is_dir():
+                raise ValueError(f"{flag} {run_dir} holds no config.json and checkpoint/: name a directory under runs/")
+            stored = json.loads(config.read_text())["args"] | given
+            args = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in stored.items()})
+        args.check()
+        if args.num_devices > len(jax.devices()):
+            raise ValueError(f"--num-devices {args.num_devices} is more than there are: use {len(jax.devices())}")
+        if args.track and not importlib.util.find_spec("wandb"):
+            raise ValueError("--track needs Weights & Biases, which is not installed: pip install wandb")
+        tasks = args.train_tasks + args.held_out_tasks
+        return args, Environment(args.train_tasks, args), Environment(tasks, args, trials_end=False)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def main():
+    start_time = time.time()
+    args, env, eval_env = setup()
+    import orbax.checkpoint as ocp
+
+    console = Console()
+    jax.config.update("jax_default_matmul_precision", "default" if args.tf32 else "highest")
+    run_dir = args.resume or args.eval_only or new_run_dir(args, args.suite)
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+
+    init, train = make_train(args, env)
+    state = jax.jit(over_seeds(init, args))(keys)
+    checkpoints = ocp.CheckpointManager(
+        (run_dir / "checkpoint").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1)
+    )
+    update = checkpoints.latest_step() or 0
+    if update:
+        state = checkpoints.restore(update, args=ocp.args.StandardRestore(state))
+    size = sum(x.size for x in jax.tree.leaves(state.params)) // args.num_seeds
+    console.print(
+        f"{run_dir}: {size:,} parameters, {args.num_updates * args.batch_size:,} steps in {args.num_updates:,} updates "
+        f"of {args.num_envs} x {args.num_steps}, {args.num_seeds} seed(s), {jax.devices()[0].device_kind}"
+    )
+
+    # Ctrl-C and kill end the loop after the call in flight, so that nothing is lost.
+    signals = []
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
+
+    compile_start = time.time()
+    train = jax.jit(over_seeds(train, args), donate_argnums=0).lower(state).compile()
+    compile_seconds = time.time() - compile_start
+    over_memories = jax.vmap(partial(evaluate, args=args, env=eval_env), (None, None, None, 0))
+    eval_fn = jax.jit(jax.vmap(over_memories, (0, 0, 0, None)))
+    eval_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)  # far from what init splits off
+    held_out_spread = jnp.tile(jnp.array([TASKS[name].spread for name in args.held_out_tasks]), (args.num_seeds, 1))
+
+    def evaluation(state, update):
+        """Runs the trials of an evaluation and writes down what they show."""
+        spread = jnp.concatenate([jnp.sqrt(state.return_var) + 1e-3, held_out_spread], axis=1)
+        rewards, dones, frames = eval_fn(state.params, spread, eval_keys, jnp.arange(len(MEMORIES)))
+        rows = adaptation(np.asarray(rewards), np.asarray(dones), eval_env, args)
+        report(run_dir, rows, eval_env, args, console)
+        path = run_dir / "evaluations.csv"
+        with path.open("a", newline="") as f:
+            table = csv.DictWriter(f, {"update": update} | rows[0], lineterminator="\n")
+            if f.tell() == 0:
+                table.writeheader()
+            table.writerows({"update": update} | row for row in rows if row["against"] == "second half")
+
+    if args.eval_only:
+        evaluation(state, update)
+        return
+    log = MetricsLog(run_dir, args, update)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("", total=args.num_updates, completed=update)
+        last_save = loop_start = time.time()
+        device_seconds, first_update = 0.0, update
+        while update < args.num_updates and not signals:
+            call_start = time.time()
+            state, metrics = train(state)
+            metrics = jax.tree.map(np.asarray, metrics)  # waits for the device
+            call_seconds = time.time() - call_start
+            device_seconds += call_seconds
+            update += args.updates_per_call
+            steps_per_second = args.updates_per_call * args.batch_size * args.num_seeds / call_seconds
+            log.write(update, metrics, steps_per_second)
+            score = metrics["charts/score"].mean()
+            score = "–" if np.isnan(score) else f"{score:.2f}"
+            progress.update(bar, completed=update, description=f"score {score}  {steps_per_second:,.0f} steps/s")
+            if args.eval_interval and update % args.eval_interval < args.updates_per_call < args.num_updates - update:
+                evaluation(state, update)
+            if time.time() - last_save > args.checkpoint_interval and update < args.num_updates:
+                checkpoints.save(update, args=ocp.args.StandardSave(state))
+                last_save = time.time()
+    loop_seconds = time.time() - loop_start
+    if checkpoints.latest_step() != update:
+        checkpoints.save(update, args=ocp.args.StandardSave(state))
+    checkpoints.wait_until_finished()
+    log.close()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # all is saved: from here on they end the program at once
+    if update:
+        plot_learning_curve(run_dir, args, "charts/score", 0.0, "random or idle, whichever is better")
+    if update < args.num_updates:
+        console.print(f"stopped after update {update}; continue with: python {sys.argv[0]} --resume {run_dir}")
+        raise SystemExit(128 + signals[0])
+    evaluation(state, update)
+    steps = (update - first_update) * args.batch_size * args.num_seeds
+    timing = {
+        "total_seconds": time.time() - start_time,
+        "compile_seconds": compile_seconds,
+        "steps_per_second": steps / loop_seconds,
+        "host_share": 1 - device_seconds / loop_seconds if steps else 0.0,
+    }
+    console.print("  ".join(f"{name} {value:,.3g}" for name, value in timing.items()))
+    (run_dir / "eval.json").write_text(json.dumps(timing, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
