@@ -42,7 +42,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -67,7 +67,7 @@ class Task(NamedTuple):
     zero: float  # return of one episode that scores 0: the better of random actions and no action at all
     one: float  # return that scores 1: a specialist, this script on the task alone with --no-projection
     spread: float  # standard deviation of random actions' discounted returns, what rewards are first divided by
-    params: dict = {}  # fields of gymnax's EnvParams to override
+    params: dict | None = None  # fields of gymnax's EnvParams to override
     seen: tuple = ()  # entries of the observation the agent sees; all, if empty
     reward_scale: float = 1.0
 
@@ -85,16 +85,16 @@ class Suite(NamedTuple):
 
 # `zero` and `one` come from benchmarks/reference_scores.py, whose table is reference_scores.csv.
 TASKS = {
-    "cartpole-positions": Task("CartPole-v1", 200, 0.11, 1.0, 0.05, seen=(0, 2), reward_scale=1 / 200),
-    "cartpole": Task("CartPole-v1", 200, 22.0, 200.0, 8.0),
-    "pendulum": Task("Pendulum-v1", 200, -1200.0, -150.0, 60.0),
-    "pendulum-heavy": Task("Pendulum-v1", 200, -1200.0, -150.0, 60.0, params={"m": 1.5, "l": 0.8}),
-    "point-robot": Task("PointRobot-misc", 100, -100.0, -20.0, 10.0, params={"dense_reward": True}),
-    "gymnax-reacher": Task("Reacher-misc", 100, -100.0, -10.0, 10.0),
-    "mountain-car": Task("MountainCarContinuous-v0", 200, 0.0, 90.0, 1.0),
-    "inverted-pendulum": Task("inverted_pendulum", 200, 73.0, 200.0, 15.0),
-    "inverted-double-pendulum": Task("inverted_double_pendulum", 200, 100.0, 1800.0, 60.0),
-    "reacher": Task("reacher", 100, -20.0, -5.0, 10.0),
+    "cartpole-positions": Task("CartPole-v1", 200, 0.109, 1.0, 0.046, seen=(0, 2), reward_scale=1 / 200),
+    "cartpole": Task("CartPole-v1", 200, 21.8, 200.0, 9.2),
+    "pendulum": Task("Pendulum-v1", 200, -1147.0, -150.0, 170.0),
+    "pendulum-heavy": Task("Pendulum-v1", 200, -1280.0, -150.0, 172.0, params={"m": 1.5, "l": 0.8}),
+    "point-robot": Task("PointRobot-misc", 100, -88.3, -20.0, 25.4, params={"dense_reward": True}),
+    "gymnax-reacher": Task("Reacher-misc", 100, 14.3, 60.0, 7.8),
+    "mountain-car": Task("MountainCarContinuous-v0", 200, 0.0, 90.0, 0.81),
+    "inverted-pendulum": Task("inverted_pendulum", 200, 70.2, 200.0, 9.8),
+    "inverted-double-pendulum": Task("inverted_double_pendulum", 200, 637.0, 1800.0, 82.0),
+    "reacher": Task("reacher", 100, -23.2, -5.0, 15.6),
     "hopper": Task("hopper", 200, 200.0, 400.0, 20.0),
     "walker2d": Task("walker2d", 200, 198.0, 400.0, 20.0),
     "halfcheetah": Task("halfcheetah", 200, -0.6, 600.0, 10.0),
@@ -197,7 +197,7 @@ class Args:
     """hidden units in each of the two layers of the actor, of the critic and of the prediction"""
 
     # ---- PPO
-    num_envs: int = 128
+    num_envs: int = 160
     """N, parallel environments"""
     num_steps: int = 128
     """T, steps of a rollout in each environment; gradients reach back this far and no further"""
@@ -350,7 +350,7 @@ class CopiesOf:
 
         if self.task.env_id in gymnax.registered_envs:
             self.env, params = gymnax.make(self.task.env_id)
-            self.params = params.replace(**self.task.params)
+            self.params = params.replace(**(self.task.params or {}))
             self.space = self.env.action_space(self.params)
             self.obs_size = len(self.task.seen) or self.env.observation_space(self.params).shape[0]
             self.action_size = int(np.prod(self.space.shape))  # 1 for Discrete: its sign picks
@@ -405,8 +405,8 @@ class CopiesOf:
         return Trial(inner, obs, obs_matrix, action_matrix)
 
     def agent_obs(self, obs, obs_matrix, action, reward, new_episode, new_trial):
-        """What the agent sees, (n, O): projection, previous action and reward, zero as a trial starts, and two flags."""
-        projected = jnp.einsum("no,noO->nO", jnp.sign(obs) * jnp.log1p(jnp.abs(obs)), obs_matrix)
+        """What the agent sees, (n, O): projection, previous action and reward, zero as a trial starts, two flags."""
+        projected = jnp.einsum("no,noO->nO", jnp.arcsinh(10 * obs) / 2, obs_matrix)
         previous = jnp.where(new_trial[:, None], 0.0, jnp.concatenate([action, reward[:, None]], axis=1))
         return jnp.concatenate([projected, previous, new_episode[:, None], new_trial[:, None]], axis=1)
 
@@ -929,7 +929,7 @@ def evaluate(params, spread, key, memory, args, env):
 
 def episodes_of(rewards, dones, args):
     """Trial, index within it, first step and return of every episode begun in time; from (S, E) rewards and ends."""
-    S, E = rewards.shape
+    E = rewards.shape[1]
     ends = np.cumsum(dones, axis=0)
     index = np.vstack([np.zeros((1, E), int), ends[:-1]])  # (S, E) of the episode at each step
     rows = []
@@ -1022,6 +1022,18 @@ def report(run_dir, rows, env, args, console):
 
 
 # ==== Run directory ===================================================================================================
+def render(run_dir, frames, dones, env, args):
+    """HTML pages of the first and the last whole episode of one trial; frames: brax states, (S, ...); dones: (S,)."""
+    from brax.io import html
+
+    ends = np.flatnonzero(dones)
+    for which, start, end in (("first", 0, ends[0]), ("last", ends[-2] + 1 if len(ends) > 1 else 0, ends[-1])):
+        states = [jax.tree.map(lambda x, t=t: x[t], frames) for t in range(start, end + 1)]
+        path = run_dir / f"{env.names[0]}_{which}_episode.html"
+        path.write_text(html.render(env.tasks[0].env.sys, states))
+        print(path)
+
+
 def new_run_dir(args, task) -> Path:
     run_dir = Path("runs") / f"{Path(__file__).stem}__{task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir.mkdir(parents=True)
@@ -1144,6 +1156,10 @@ def setup() -> tuple[Args, Environment, Environment]:
         if args.track and not importlib.util.find_spec("wandb"):
             raise ValueError("--track needs Weights & Biases, which is not installed: pip install wandb")
         tasks = args.train_tasks + args.held_out_tasks
+        if args.render:
+            if not args.eval_only or getattr(TASKS.get(args.render), "env_id", "-") != args.render.replace("-", "_"):
+                raise ValueError(f"--render {args.render} needs --eval-only, and a brax task: reacher, ant ...")
+            tasks, args.eval_trials = (args.render,), 1
         return args, Environment(args.train_tasks, args), Environment(tasks, args, trials_end=False)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -1175,25 +1191,22 @@ def main():
         f"of {args.num_envs} x {args.num_steps}, {args.num_seeds} seed(s), {jax.devices()[0].device_kind}"
     )
 
-    # Ctrl-C and kill end the loop after the call in flight, so that nothing is lost.
-    signals = []
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
-
-    compile_start = time.time()
-    train = jax.jit(over_seeds(train, args), donate_argnums=0).lower(state).compile()
-    compile_seconds = time.time() - compile_start
     over_memories = jax.vmap(partial(evaluate, args=args, env=eval_env), (None, None, None, 0))
     eval_fn = jax.jit(jax.vmap(over_memories, (0, 0, 0, None)))
     eval_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)  # far from what init splits off
-    held_out_spread = jnp.tile(jnp.array([TASKS[name].spread for name in args.held_out_tasks]), (args.num_seeds, 1))
+    held_out = [name for name in eval_env.names if name not in args.train_tasks]
 
     def evaluation(state, update):
         """Runs the trials of an evaluation and writes down what they show."""
-        spread = jnp.concatenate([jnp.sqrt(state.return_var) + 1e-3, held_out_spread], axis=1)
-        rewards, dones, frames = eval_fn(state.params, spread, eval_keys, jnp.arange(len(MEMORIES)))
-        rows = adaptation(np.asarray(rewards), np.asarray(dones), eval_env, args)
+        spread = dict(zip(args.train_tasks, jnp.sqrt(state.return_var).T + 1e-3, strict=True))
+        spread |= {name: jnp.full(args.num_seeds, TASKS[name].spread) for name in held_out}
+        spread = jnp.stack([spread[name] for name in eval_env.names], axis=1)  # (seeds, K)
+        *outcome, frames = eval_fn(state.params, spread, eval_keys, jnp.arange(len(MEMORIES)))
+        rewards, dones = jax.tree.map(np.asarray, outcome)
+        if args.render:
+            render(run_dir, jax.tree.map(lambda x: x[0, 0, :, 0], frames), dones[0, 0, :, 0], eval_env, args)
+            return
+        rows = adaptation(rewards, dones, eval_env, args)
         report(run_dir, rows, eval_env, args, console)
         path = run_dir / "evaluations.csv"
         with path.open("a", newline="") as f:
@@ -1205,6 +1218,16 @@ def main():
     if args.eval_only:
         evaluation(state, update)
         return
+
+    # Ctrl-C and kill end the loop after the call in flight, so that nothing is lost.
+    signals = []
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
+
+    compile_start = time.time()
+    train = jax.jit(over_seeds(train, args), donate_argnums=0).lower(state).compile()
+    compile_seconds = time.time() - compile_start
     log = MetricsLog(run_dir, args, update)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:

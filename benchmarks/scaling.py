@@ -1,0 +1,152 @@
+"""S5, LSTM and Transformer: time and memory against sequence length, of a layer, a PPO update and an acting step.
+
+    python benchmarks/scaling.py                    # on 2 CPU cores: about 25 minutes
+    python benchmarks/scaling.py --max-length 2048  # a quick look
+
+All with the scripts' own code. The layer: forward and backward over 8 sequences of width 64, the Transformer's window
+as long as the sequence. The update: one rollout of 8 environments on a memory of half its length and one epoch of 2
+minibatches, network as by default, window as long as the rollout. The acting step: 32 environments, against the
+context, which for S5 and LSTM is always the same carry. The models take turns within one process, so that a slow
+moment slows them all; the median of the repeats counts. Peak memory is what the compiler sets aside for intermediate
+values. Slopes are fitted from length 1,024 on. Writes scaling_<device>.csv and .png beside this file; a cell is blank
+where it was not run: attention above --max-attention-length.
+"""
+
+import csv
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import lstm_ppo
+import s5_ppo_memory
+import transformer_ppo
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+SCRIPTS = {"S5": s5_ppo_memory, "LSTM": lstm_ppo, "Transformer": transformer_ppo}
+WIDTH, SEQUENCES, REPEATS = 64, 8, 3
+
+
+@dataclass
+class Args:
+    min_length: int = 64
+    """shortest sequence"""
+    max_length: int = 16_384
+    """longest sequence of S5 and LSTM"""
+    max_attention_length: int = 8_192
+    """longest sequence of the Transformer; its time grows with the square"""
+
+
+def script_args(script, length, **flags):
+    """The script's defaults; the Transformer's window covers the whole sequence."""
+    if script is transformer_ppo:
+        flags["context_length"] = length
+    return script.Args(d_model=WIDTH, **flags)
+
+
+def layer(script, length):
+    """One gradient of the mean square output of one S5, LSTM or attention layer, without the block around it."""
+    args = script_args(script, length, num_layers=1)
+    module = {"s5_ppo_memory": "S5", "lstm_ppo": "LSTM", "transformer_ppo": "Attention"}[script.__name__]
+    module = getattr(script, module)(args)
+    keys = jax.random.split(jax.random.key(0), 3)
+    u = jax.random.normal(keys[0], (length, SEQUENCES, WIDTH))
+    reset = jax.random.bernoulli(keys[1], 0.01 / length, (length, SEQUENCES))
+    (state,) = script.SequenceModel(args).initial_carry(SEQUENCES)
+    params = module.init(keys[2], state, u[:1], reset[:1])
+
+    def loss(params, u):
+        return jnp.square(module.apply(params, state, u, reset)[1]).mean()
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1))), (params, u)
+
+
+def update(script, length):
+    """One whole PPO update: rollout, advantages, an epoch of two minibatches."""
+    flags = {"memory_length": length // 2, "num_envs": SEQUENCES, "num_steps": length, "num_minibatches": 2}
+    flags |= {"update_epochs": 1, "log_interval": 1, "total_timesteps": SEQUENCES * length}
+    args = script_args(script, length, **flags)
+    init, train = script.make_train(args, script.Environment(args))
+    return jax.jit(train), (jax.jit(init)(jax.random.key(0)),)
+
+
+def acting_step(script, length):
+    """One step of the whole network, 32 environments, carry full."""
+    args = script_args(script, length)
+    network, carry = script.ActorCritic(args, 2), script.SequenceModel(args).initial_carry(32)
+    obs, reset = jnp.ones((1, 32, 7)), jnp.zeros((1, 32), bool)
+    params = network.init(jax.random.key(0), carry, obs, reset)
+    steps = 64 if length <= 1024 else 8
+
+    def act(params, carry):  # several steps in one call, as in a rollout
+        return jax.lax.fori_loop(0, steps, lambda _, c: network.apply(params, c, obs, reset)[0], carry)
+
+    return jax.jit(act), (params, carry), steps
+
+
+def measure(what, length, args):
+    """A row for each script: milliseconds and MiB."""
+    compiled = {}
+    for name, script in SCRIPTS.items():
+        if script is transformer_ppo and length > args.max_attention_length:
+            continue
+        function, inputs, *steps = what(script, length)
+        compiled[name] = (function.lower(*inputs).compile(), inputs, *(steps or [1]))
+    seconds = {name: [] for name in compiled}
+    for repeat in range(1 + REPEATS):  # the first is warm-up
+        for name, (function, inputs, steps) in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function(*inputs))
+            if repeat:
+                seconds[name].append((time.perf_counter() - start) / steps)
+    rows = []
+    for name in SCRIPTS:
+        row = {"what": what.__name__.replace("_", " "), "model": name, "length": length, "ms": None, "MiB": None}
+        if name in compiled:
+            memory = compiled[name][0].memory_analysis().temp_size_in_bytes
+            row |= {"ms": round(1e3 * np.median(seconds[name]), 4), "MiB": round(memory / 2**20, 3)}
+        rows.append(row)
+    print(rows[0]["what"], length, {row["model"]: (row["ms"], row["MiB"]) for row in rows}, flush=True)
+    return rows
+
+
+def main():
+    args = tyro.cli(Args, description=__doc__)
+    device = jax.devices()[0].device_kind.replace(" ", "-")
+    lengths = [2**n for n in range(4, 20) if args.min_length <= 2**n <= args.max_length]
+    rows = [row for what in (layer, update, acting_step) for length in lengths for row in measure(what, length, args)]
+    path = Path(__file__).with_name(f"scaling_{device}")
+    with path.with_suffix(".csv").open("w", newline="") as f:
+        table = csv.DictWriter(f, rows[0], lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+    fig, axes = plt.subplots(1, 5, figsize=(18, 3.6), layout="constrained")
+    panels = [("layer", "ms"), ("layer", "MiB"), ("update", "ms"), ("update", "MiB"), ("acting step", "ms")]
+    for ax, (what, unit) in zip(axes, panels, strict=True):
+        for name in SCRIPTS:
+            mine = [r for r in rows if (r["what"], r["model"]) == (what, name) and r[unit]]
+            x, y = np.array([r["length"] for r in mine]), np.array([r[unit] for r in mine])
+            label = name
+            if (x >= 1024).sum() > 1:
+                slope = np.polyfit(np.log(x[x >= 1024]), np.log(y[x >= 1024]), 1)[0]
+                print(f"{what}, {name}: {unit} grows as T^{slope:.2f}")
+                label += f" (slope {slope:.2f})"
+            ax.loglog(x, y, marker="o", markersize=3, label=label)
+        context = "context length" if what == "acting step" else "sequence length"
+        ax.set(xlabel=context, ylabel=unit, title=f"{what}, {device}")
+        ax.legend(fontsize="x-small")
+    fig.savefig(path.with_suffix(".png"), dpi=150)
+
+
+if __name__ == "__main__":
+    main()
