@@ -221,7 +221,7 @@ class Args:
     """lower that weight linearly to zero over the run: a policy kept random is another policy once it acts greedily"""
     vf_coef: float = 0.5
     """weight of the value loss"""
-    prediction_coef: float = 3.0
+    prediction_coef: float = 1.0
     """weight of predicting the next observation and reward, as in the paper's agent; 0 leaves that to PPO alone"""
     max_grad_norm: float = 0.5
     """global norm the gradient is clipped to"""
@@ -695,7 +695,7 @@ class Transition(NamedTuple):
     value: jax.Array
     reward: jax.Array
     done: jax.Array  # action[t] ended an episode: what the advantage goes by
-    outcome: jax.Array  # (T, N, projected_obs_size + 1), the observation and reward that action[t] led to
+    outcome: jax.Array  # (T, N, projected_obs_size + 1), change of the observation by action[t], and its reward
     discounted_return: jax.Array  # of raw rewards
 
 
@@ -811,7 +811,8 @@ def make_train(args, env):
         _, _, final_value, _ = network.apply(state.params, carry, final_obs, no_reset, no_action)
         reward = timestep.reward + args.gamma * jnp.where(timestep.truncated, final_value[0], 0.0)
         log_prob, _ = gaussian((mean, log_std), action)
-        outcome = jnp.concatenate([timestep.final_obs[:, : args.projected_obs_size], timestep.reward[:, None]], axis=1)
+        change = (timestep.final_obs - state.obs)[:, : args.projected_obs_size]
+        outcome = jnp.concatenate([change, timestep.reward[:, None]], axis=1)
         transition = Transition(
             state.obs,
             state.reset,
@@ -843,6 +844,11 @@ def make_train(args, env):
         )
         advantage = gae(batch.reward, batch.value, batch.done, last_value[0], args.gamma, args.gae_lambda)
         target = advantage + batch.value
+
+        # Predictions are judged in units of each task's usual change, else those of slow tasks would hardly count.
+        outcome = batch.outcome.reshape(args.num_steps, K, -1, args.projected_obs_size + 1)
+        square = jax.lax.pmean(jnp.square(outcome).mean((0, 2), keepdims=True), "devices")
+        batch = batch._replace(outcome=(outcome / jnp.sqrt(square + 1e-8)).reshape(batch.outcome.shape))
 
         # Welford's update: rewards are divided by the spread of their task's returns in all rollouts so far.
         returns = batch.discounted_return.reshape(args.num_steps, K, -1)
@@ -1228,6 +1234,8 @@ def main():
     compile_start = time.time()
     train = jax.jit(over_seeds(train, args), donate_argnums=0).lower(state).compile()
     compile_seconds = time.time() - compile_start
+    working = train.memory_analysis().temp_size_in_bytes / 2**20
+    console.print(f"compiled in {compile_seconds:.0f} s; needs {working:,.0f} MiB of memory beside the train state")
     log = MetricsLog(run_dir, args, update)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:

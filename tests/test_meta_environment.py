@@ -83,12 +83,11 @@ def nothing(n):
     return jnp.zeros((n, A)), jnp.zeros(n), jnp.zeros(n), jnp.zeros(n, bool)
 
 
-def symlog(x):
-    return np.sign(x) * np.log1p(np.abs(x))
-
-
-def unsquash(x):
-    return np.sign(x) * np.expm1(np.abs(x))
+def squash(x):
+    """What the agent sees of a task's entries before they are mixed, whichever function of each entry it is."""
+    n, copies = np.size(x), CopiesOf("pendulum", Args(**SIZES))
+    seen = copies.agent_obs(jnp.reshape(x, (n, 1)), jnp.ones((n, 1, 1)), *nothing(n))
+    return np.asarray(seen[:, 0]).reshape(np.shape(x))
 
 
 # ---- trials and episodes
@@ -161,8 +160,8 @@ def test_returns_and_lengths_count_one_episode(played):
 def test_an_end_is_a_truncation_unless_the_task_terminated(played):
     now, n = played.now, N // 2
     matrix = played.states[0].obs_matrix  # (T, n, 4, O)
-    obs = unsquash(np.einsum("tnO,tnoO->tno", now.final_obs[:, :n, :O], matrix) * 4 / O)
-    fallen = (np.abs(obs[..., 2]) > 12 * 2 * np.pi / 360) | (np.abs(obs[..., 0]) > 2.4)
+    obs = np.abs(np.einsum("tnO,tnoO->tno", now.final_obs[:, :n, :O], matrix) * 4 / O)
+    fallen = (obs[..., 2] > squash(12 * 2 * np.pi / 360)) | (obs[..., 0] > squash(2.4))
     fallen = np.concatenate([fallen, np.zeros_like(fallen)], axis=1)  # the pendulum never terminates
     limit = now.episode_length == np.repeat((15, 7), n)
     np.testing.assert_array_equal(now.done, fallen | limit | now.reset)
@@ -202,6 +201,13 @@ def test_a_redraw_renews_what_may_come_and_leaves_what_is():
 
 
 # ---- matrices
+def test_squashing_keeps_every_difference_and_shortens_the_large_ones():
+    x = np.concatenate([np.linspace(0, 1, 1001)[:-1], np.geomspace(1, 1000, 1000)])
+    y = squash(x)
+    assert y[0] == 0 and (np.diff(y) > 0).all() and y[-1] < 10
+    np.testing.assert_array_equal(squash(-x), -y)
+
+
 def test_a_trial_has_matrices_of_its_own_and_keeps_them(played):
     for state, reset in zip(played.states, np.split(played.now.reset, 2, axis=1), strict=True):
         for matrix in (state.obs_matrix, state.action_matrix):
@@ -227,7 +233,7 @@ def test_a_projection_keeps_the_distances_of_squashed_observations(name, o, a):
     np.testing.assert_allclose(gram, np.tile(O / o * np.eye(o), (50, 1, 1)), atol=1e-5)
     gram = trial.action_matrix.mT @ trial.action_matrix
     np.testing.assert_allclose(gram, np.tile(np.eye(a), (50, 1, 1)), atol=1e-5)
-    distance = np.linalg.norm(symlog(one) - symlog(other), axis=1)
+    distance = np.linalg.norm(squash(one) - squash(other), axis=1)
     np.testing.assert_allclose(np.linalg.norm(seen - also_seen, axis=1), np.sqrt(O / o) * distance, rtol=1e-4)
 
 
@@ -270,8 +276,10 @@ def test_matrices_are_uniform_among_those_with_orthonormal_columns():
 @pytest.mark.parametrize(("name", "o"), [("cartpole-positions", 2), ("pendulum", 3), ("gymnax-reacher", 8)])
 def test_padding_and_scale_tell_nothing_of_the_task(name, o):
     n, copies = 20_000, CopiesOf(name, Args(**SIZES | {"projected_obs_size": 12}))
-    white = np.random.default_rng(0).normal(size=(n, o))
-    seen = jax.jit(lambda key: copies.agent_obs(unsquash(white), copies.draw(key, n).obs_matrix, *nothing(n)))
+    white, x = np.random.default_rng(0).normal(size=(n, o)), np.geomspace(1e-4, 1e4, 10_000)
+    obs = np.sign(white) * np.interp(np.abs(white), squash(x), x)
+    np.testing.assert_allclose(squash(obs), white, atol=0.01)
+    seen = jax.jit(lambda key: copies.agent_obs(obs, copies.draw(key, n).obs_matrix, *nothing(n)))
     seen = np.asarray(seen(jax.random.key(0)))[:, :12]
     np.testing.assert_allclose(seen.mean(0), 0, atol=0.05)
     np.testing.assert_allclose(np.cov(seen.T), np.eye(12), atol=0.06)
@@ -316,9 +324,10 @@ def unprojected(name, raw_step, num_envs=N, num_steps=T):
     )
 
 
-def assert_padded(obs, size):
-    np.testing.assert_array_equal(obs[..., size:9], 0)
-    return unsquash(obs[..., :size])
+def assert_shown(obs, shown):
+    """That the agent sees these entries of the task, and zeros up to the projected size."""
+    assert_close(obs[..., : shown.shape[-1]], squash(shown))
+    np.testing.assert_array_equal(obs[..., shown.shape[-1] : 9], 0)
 
 
 def assert_close(x, y):
@@ -345,7 +354,7 @@ def test_without_projection_a_task_of_gymnax_is_the_raw_one_step_by_step(name):
     if name == "point-robot":  # from its goal it is moved to a place that the key decides
         here = inner.goals_reached == after.goals_reached
         assert here.mean() > 0.8
-    assert_close(assert_padded(now.final_obs, len(seen))[here], obs[..., seen][here])
+    assert_shown(now.final_obs[here], obs[..., seen][here])
     assert_close(now.raw_reward, reward / (200 if name == "cartpole-positions" else 1))
     np.testing.assert_array_equal(now.done, terminated | (now.episode_length == task.episode_length))
     assert now.done.any() == (name != "mountain-car")
@@ -354,21 +363,21 @@ def test_without_projection_a_task_of_gymnax_is_the_raw_one_step_by_step(name):
     jax.tree.map(lambda x, y: assert_close(x[1:][goes_on], y[:-1][goes_on]), inner, after)
     new = now.done[:-1]
     shown = jax.vmap(lambda state: raw.get_obs(state, params))(jax.tree.map(lambda x: x[1:][new], inner))
-    assert_close(assert_padded(now.obs, len(seen))[:-1][new], shown[:, seen])
+    assert_shown(now.obs[:-1][new], shown[:, seen])
 
 
 def test_without_projection_a_task_of_brax_is_the_raw_one_step_by_step():
     raw = envs.get_environment("inverted_pendulum", backend="spring")
     played = unprojected("inverted-pendulum", lambda state, a: raw.step(state, a[:1]), num_envs=2, num_steps=60)
     now, inner, after = played.now, played.states[0].inner, played.other
-    assert_close(assert_padded(now.final_obs, 4), after.obs)
+    assert_shown(now.final_obs, after.obs)
     np.testing.assert_array_equal(now.raw_reward, np.broadcast_to(after.reward, (60, 2)))
     np.testing.assert_array_equal(now.done, after.done > 0.5)
     assert now.done.any(0).all() and not now.truncated.any()
     goes_on, new = ~now.done[:-1], now.done[:-1]
     assert_close(inner.pipeline_state.q[1:][goes_on], after.pipeline_state.q[:-1][goes_on])
     assert_close(inner.pipeline_state.qd[1:][goes_on], after.pipeline_state.qd[:-1][goes_on])
-    assert_close(assert_padded(now.obs, 4)[:-1][new], inner.obs[1:][new])
+    assert_shown(now.obs[:-1][new], inner.obs[1:][new])
     assert (np.abs(inner.pipeline_state.q[1:][new]) <= 0.01 + 1e-6).all()
 
 

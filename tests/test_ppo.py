@@ -1,5 +1,9 @@
 """The learner sees what the actor saw, and PPO computes what its papers say."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +15,7 @@ import pytest
 import s5_ppo_memory as ppo
 from s5_ppo_memory import ActorCritic, Args, Environment, Transition, categorical, gae, make_train, ppo_loss
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = {"num_envs": 4, "num_minibatches": 2, "d_model": 8, "state_size": 4, "encoder_size": 8, "head_size": 8}
 TINY |= {"log_interval": 1, "update_epochs": 2, "learning_rate": 0.0}
 
@@ -232,3 +237,50 @@ def test_metrics_are_means_over_the_episodes_that_ended_and_not_a_number_where_n
     assert (metrics["charts/episodes"], metrics["charts/episodic_length"]) == (4, 4)
     assert abs(metrics["charts/episodic_return"]) <= 1
     assert all(np.isfinite(x).all() for x in metrics.values())
+
+
+# ---- several devices
+TWO_DEVICES = """
+import jax, numpy as np
+from s5_ppo_memory import Args, Environment, make_train
+small = dict(num_envs=8, num_minibatches=2, num_steps=8, d_model=8, state_size=4, encoder_size=8, head_size=8)
+args = Args(**small, memory_length=3, num_devices=2, log_interval=1)
+init, train = make_train(args, Environment(args))
+before = jax.jit(init)(jax.random.key(0))
+after, metrics = jax.jit(train)(before)
+for new in jax.tree.leaves(after.params):
+    one, other = (np.asarray(shard.data) for shard in new.addressable_shards)
+    np.testing.assert_array_equal(one, other)
+assert any((old != new).any() for old, new in zip(*map(jax.tree.leaves, (before.params, after.params))))
+one, other = (np.asarray(shard.data) for shard in after.obs.addressable_shards)
+assert one.shape == other.shape == (4, 6)
+assert metrics["charts/episodes"] == 16, metrics
+assert len(jax.devices()) == 2
+print("same")
+"""
+
+
+def test_two_devices_share_the_environments_and_keep_the_same_parameters():
+    variables = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", TWO_DEVICES]
+    result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "same", result.stderr[-2000:]
+
+
+def test_the_entropy_bonus_falls_to_zero_over_the_run(monkeypatch):
+    """After k of K updates its weight is 1 - k / K of the first one."""
+    seen = []
+
+    def spy(params, network, carry, batch, advantage, target, ent_coef, args):
+        jax.debug.callback(lambda x: seen.append(float(x)), ent_coef)
+        return ppo_loss(params, network, carry, batch, advantage, target, ent_coef, args)
+
+    monkeypatch.setattr(ppo, "ppo_loss", spy)
+    flags = TINY | {"num_minibatches": 1, "update_epochs": 1, "num_layers": 0, "num_steps": 4, "memory_length": 3}
+    args = Args(**flags, ent_coef=0.5, anneal_ent_coef=True, total_timesteps=4 * 16)
+    init, train = make_train(args, Environment(args))
+    state, train = jax.jit(init)(jax.random.key(0)), jax.jit(train)
+    for _ in range(args.num_updates):
+        state, _ = train(state)
+    jax.effects_barrier()
+    np.testing.assert_allclose(seen, [0.5, 0.375, 0.25, 0.125])

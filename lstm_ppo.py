@@ -1,0 +1,823 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "brax>=0.14.2,<0.15",
+#     "flax>=0.12,<0.13",
+#     "gymnax>=1.0.1,<1.1",
+#     "jax>=0.10,<0.12",
+#     "matplotlib>=3.9,<4",
+#     "numpy>=2,<3",
+#     "optax>=0.2.5,<0.3",
+#     "orbax-checkpoint>=0.11,<0.13",
+#     "rich>=13,<16",
+#     "scipy>=1.13,<2",
+#     "six>=1.16",
+#     "tensorboardX>=2.6,<3",
+#     "tyro>=1,<2",
+# ]
+# ///
+"""LSTM and PPO on bsuite's memory length: what resettable S5 is up against (Lu et al. 2023, arXiv 2303.03982).
+
+The agent sees a cue, +1 or -1, at the start of an episode, then only a countdown for --memory-length steps, and must
+answer with the cue at its end. All is as in s5_ppo_memory.py, the width, the wiring of the blocks, the heads and the
+PPO, but that an LSTM takes the place of S5: `diff s5_ppo_memory.py lstm_ppo.py` shows this text, the flags and checks
+of the sequence model, and the sequence model.
+
+    python lstm_ppo.py                             # length 128
+    python benchmarks/memory_length.py             # S5, LSTM and Transformer over many lengths
+    python lstm_ppo.py --env-id CartPole-v1        # any gymnax environment with a flat Box and Discrete actions
+    python lstm_ppo.py --resume runs/RUN           # goes on after Ctrl-C or a kill
+
+What to expect: TODO_MEASURE (seconds from process start, of which compiling, steps per second, questions answered
+right for each of seeds 0 to 4, hardware, date). An LSTM goes through time step by step in learning as well, so that the
+time of an update grows with the rollout's length however parallel the machine.
+
+Where this departs from the paper, and why:
+- PPO on many environments, not A2C on one: it fills the machine, and is what people use.
+- The LSTM stands in the same pre-norm block as S5 and has --hidden-size 28 units, so that the networks have the same
+  width and, within 10 %, the same number of parameters. The whole rollout is one segment of backpropagation.
+- Forget and input gates begin with time scales up to --max-timescale, as those of S5 do, not with biases of zero: a
+  baseline should not fail for want of what S5 is given. --max-timescale 2 brings the usual zeros back.
+- The agent also sees its previous action and reward, both zero at the start of each episode, and a reset flag.
+- The critic's last layer starts near zero: see ActorCritic.
+"""
+
+import csv
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+# ==== Arguments =======================================================================================================
+@dataclass
+class Args:
+    # ---- run
+    seed: int = 0
+    """first seed; K seeds are SEED, SEED + 1, ..., SEED + K - 1"""
+    num_seeds: int = 1
+    """K, independent seeds trained side by side"""
+    num_devices: int = 1
+    """GPUs, or other devices that JAX sees, over which the environments of every seed are split"""
+    total_timesteps: int = 500_000
+    """environment steps of each seed, rounded up to whole log intervals"""
+    log_interval: int = 10
+    """updates in one jitted call, and in one row of metrics.csv"""
+    checkpoint_interval: int = 60
+    """seconds between checkpoints; the last update is always saved"""
+    resume: Path | None = None
+    """run directory to continue; the run keeps its own flags, so this one stands alone"""
+    track: bool = False
+    """send the metrics to Weights & Biases as well"""
+    wandb_project_name: str = "s5-in-context-rl"
+    """Weights & Biases project of --track"""
+    tf32: bool = False
+    """let NVIDIA GPUs round matrix products to TF32; acting and learning then differ by about 1e-3"""
+
+    # ---- task
+    env_id: str = "MemoryChain-bsuite"
+    """any gymnax environment with a flat Box observation and Discrete actions"""
+    memory_length: int = 128
+    """MemoryChain-bsuite: steps between the cue and the question about it"""
+    env_params: dict[str, float] = field(default_factory=dict)
+    """fields of the environment's EnvParams to override: NAME VALUE NAME VALUE ..."""
+    truncation_is_terminal: bool = False
+    """a time limit is part of the task: what would have come after it counts for nothing"""
+    eval_episodes: int = 128
+    """greedy episodes of each seed in the evaluation at the end"""
+
+    # ---- sequence model
+    num_layers: int = 2
+    """LSTM blocks; 0 is the network without memory"""
+    d_model: int = 64
+    """D, width of the blocks"""
+    hidden_size: int = 28
+    """H, units of a block's LSTM; with 28 the network has as many parameters as the S5 one, within 10 %"""
+    max_timescale: float = 2000.0
+    """forget gates begin with time scales of 2 to this many environment steps; at 2 their biases begin at zero"""
+
+    # ---- actor and critic
+    encoder_size: int = 128
+    """hidden units of the observation encoder"""
+    head_size: int = 128
+    """hidden units in each of the two layers of the actor and of the critic"""
+
+    # ---- PPO
+    num_envs: int = 32
+    """N, parallel environments"""
+    num_steps: int = 256
+    """T, steps of a rollout in each environment; gradients reach back this far and no further"""
+    num_minibatches: int = 4
+    """minibatches of a pass over the rollout, each of whole environments"""
+    update_epochs: int = 4
+    """passes over each rollout"""
+    learning_rate: float = 1e-3
+    """step size of Adam"""
+    anneal_lr: bool = False
+    """lower the step size linearly to zero over the run"""
+    gamma: float = 0.99
+    """discount"""
+    gae_lambda: float = 0.95
+    """lambda of the generalised advantage estimate"""
+    clip_coef: float = 0.2
+    """epsilon of the clipped objective"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus"""
+    anneal_ent_coef: bool = False
+    """lower that weight linearly to zero over the run: a policy kept random is another policy once it acts greedily"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """global norm the gradient is clipped to"""
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def updates_per_call(self) -> int:
+        return min(self.log_interval, -(-self.total_timesteps // self.batch_size))
+
+    @property
+    def num_updates(self) -> int:
+        """Updates that really run: total_timesteps, rounded up to whole calls."""
+        return -(-self.total_timesteps // (self.batch_size * self.updates_per_call)) * self.updates_per_call
+
+    def check(self) -> None:
+        """Raises ValueError, in one line, for values that cannot work."""
+        may_be_zero = ("seed", "checkpoint_interval", "num_layers", "gamma", "gae_lambda", "ent_coef", "vf_coef")
+        for f in dataclasses.fields(self):
+            flag, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
+            if f.type in (int, float) and (value < 0 or (value == 0 and f.name not in may_be_zero)):
+                raise ValueError(
+                    f"{flag} {value} is too small: use {'0 or more' if f.name in may_be_zero else 'more than 0'}"
+                )
+            if f.name in ("gamma", "gae_lambda") and value > 1:
+                raise ValueError(f"{flag} {value} is too large: use 1 or less")
+        if self.max_timescale < 2:
+            raise ValueError(f"--max-timescale {self.max_timescale} is too small: use 2 or more")
+        shares = self.num_minibatches * self.num_devices
+        if self.num_envs % shares:
+            raise ValueError(
+                f"--num-envs {self.num_envs} is not divisible by --num-minibatches {self.num_minibatches} times "
+                f"--num-devices {self.num_devices}, and a minibatch holds whole environments: use --num-envs "
+                f"{-(-self.num_envs // shares) * shares}"
+            )
+        if self.total_timesteps < self.batch_size:
+            raise ValueError(
+                f"--total-timesteps {self.total_timesteps} is less than a rollout of --num-envs {self.num_envs} times "
+                f"--num-steps {self.num_steps}: use {self.batch_size} or more"
+            )
+
+
+# ==== Environment: N copies of one task behind `reset` and `step` =====================================================
+class Timestep(NamedTuple):
+    """What N environments return. From `reset`: reset is True and rewards are zero. From `step`: reset equals done."""
+
+    obs: jax.Array  # (N, O) what the agent sees next
+    reset: jax.Array  # (N,) bool: obs is the first of an episode, so the memory must not look back past it
+    reward: jax.Array  # (N,)
+    done: jax.Array  # (N,) bool: the action ended the episode, by a termination or a time limit
+    truncated: jax.Array  # (N,) bool: by a time limit alone
+    final_obs: jax.Array  # (N, O) what the agent would have seen next, had the environment not been reset
+    episode_return: jax.Array  # (N,) sum of rewards of the episode up to this step, undiscounted
+    episode_length: jax.Array  # (N,) int32, its steps
+
+
+class EnvState(NamedTuple):
+    inner: tuple  # gymnax's own state, every leaf with leading axis N
+    episode_return: jax.Array  # (N,)
+    episode_length: jax.Array  # (N,) int32
+
+
+class Environment:
+    """A gymnax environment whose observation also tells the agent what it did and what came of it.
+
+    The agent sees observation, one-hot previous action, previous reward and reset flag, (O,) in all. At the start
+    of every episode, not only of the first, the action and reward are zero and the flag is one. The action lets the
+    agent tell its own effect from noise; the flag marks where one episode ends and the next begins.
+
+    Raises ValueError if gymnax has no such environment, or one whose observation or action does not fit.
+    """
+
+    def __init__(self, args: Args):
+        import gymnax  # here, since it takes three seconds: the flags have been checked by now
+
+        memory_chain = args.env_id == "MemoryChain-bsuite"
+        if args.env_id not in gymnax.registered_envs:
+            raise ValueError(f"--env-id {args.env_id} is unknown: use one of {', '.join(gymnax.registered_envs)}")
+        try:
+            self.env, params = gymnax.make(args.env_id)
+        except OSError as error:
+            raise ValueError(
+                f"--env-id {args.env_id} needs data that could not be loaded ({error}): choose another"
+            ) from None
+        fields = [f.name for f in dataclasses.fields(params)]
+        unknown = [name for name in args.env_params if name not in fields]
+        if unknown:
+            raise ValueError(f"--env-params {unknown[0]} is no field of {args.env_id}: use {', '.join(fields)}")
+        overrides = dict(args.env_params)
+        if memory_chain:
+            if "memory_length" in overrides:
+                raise ValueError("--env-params memory_length has a flag of its own: use --memory-length")
+            # The default limit of 1,000 steps would end longer memories before their question.
+            overrides = {"memory_length": args.memory_length, "max_steps_in_episode": 2**30} | overrides
+        self.params = params.replace(**{k: type(getattr(params, k))(v) for k, v in overrides.items()})
+        self.has_time_limit = self.params.max_steps_in_episode < 2**30
+
+        observation, action = self.env.observation_space(self.params), self.env.action_space(self.params)
+        if len(observation.shape) != 1:
+            raise ValueError(
+                f"--env-id {args.env_id} observes an array of shape {observation.shape}: choose one with a flat Box"
+            )
+        if not hasattr(action, "n"):
+            raise ValueError(f"--env-id {args.env_id} has continuous actions: choose one with Discrete actions")
+        self.num_actions = action.n
+        self.obs_size = observation.shape[0] + self.num_actions + 2  # O
+
+    def agent_obs(self, obs, action, reward, reset):
+        """What the agent sees, (N, O), from gymnax's observation and what led to it, each with leading axis N."""
+        previous = jnp.concatenate([jax.nn.one_hot(action, self.num_actions), reward[:, None]], axis=1)
+        previous = jnp.where(reset[:, None], 0.0, previous)
+        return jnp.concatenate([obs, previous, reset[:, None]], axis=1).astype(jnp.float32)
+
+    def reset(self, key, params, num_envs) -> tuple[EnvState, Timestep]:
+        obs, inner = jax.vmap(self.env.reset, (0, None))(jax.random.split(key, num_envs), params)
+        zero, false, steps = jnp.zeros(num_envs), jnp.zeros(num_envs, bool), jnp.zeros(num_envs, jnp.int32)
+        obs = self.agent_obs(obs, steps, zero, ~false)
+        return EnvState(inner, zero, steps), Timestep(obs, ~false, zero, false, false, obs, zero, steps)
+
+    def step(self, key, state, action, params) -> tuple[EnvState, Timestep]:
+        """Steps all N environments with action (N,) int32; those that end start anew, each from a fresh state."""
+        keys = jax.random.split(key, action.shape[0])
+        obs, inner, reward, terminated, truncated, info = jax.vmap(self.env.step, (0, 0, 0, None))(
+            keys, state.inner, action, params
+        )
+        reward, done = reward.astype(jnp.float32), terminated | truncated
+        timestep = Timestep(
+            obs=self.agent_obs(obs, action, reward, done),
+            reset=done,
+            reward=reward,
+            done=done,
+            truncated=truncated & ~terminated,
+            final_obs=self.agent_obs(info["final_observation"], action, reward, jnp.zeros_like(done)),
+            episode_return=state.episode_return + reward,
+            episode_length=state.episode_length + 1,
+        )
+        episode_return = jnp.where(done, 0.0, timestep.episode_return)
+        return EnvState(inner, episode_return, jnp.where(done, 0, timestep.episode_length)), timestep
+
+
+# ==== Sequence model: LSTM with resets inside the scan ================================================================
+class LSTM(nn.Module):
+    """LSTM (Hochreiter & Schmidhuber 1997) of H units, flax's optimised cell, and a dense layer from H to D.
+
+    Call with state (c, h), each (N, H), u (T, N, D), reset (T, N) bool; returns the last state and y (T, N, D).
+    """
+
+    args: Args
+
+    @nn.compact
+    def __call__(self, state, u, reset):
+        (T, N, D), H = u.shape, self.args.hidden_size
+        cell = nn.OptimizedLSTMCell(H, parent=None)
+
+        def init_cell(key):
+            cell_key, timescale_key = jax.random.split(key)
+            params = cell.init(cell_key, state, u[0])["params"]
+            # A forget gate of 1 - 1/s keeps its content for s steps, and an input gate of 1/s fills it as slowly
+            # (Tallec & Ollivier 2018). With biases of zero s is 2, and no gradient comes back from 100 steps later.
+            log_s = jax.random.uniform(timescale_key, (H,), minval=np.log(2), maxval=np.log(self.args.max_timescale))
+            params["hf"]["bias"] = jnp.log(jnp.expm1(log_s))
+            params["hi"]["bias"] = -params["hf"]["bias"]
+            return params
+
+        params = self.param("cell", init_cell)
+
+        def step(state, inputs):
+            u, reset = inputs
+            state = jax.tree.map(lambda x: jnp.where(reset[:, None], 0.0, x), state)
+            return cell.apply({"params": params}, state, u)
+
+        # Not unrolled: on a CPU that only made it slower, to compile and to run.
+        state, h = jax.lax.scan(step, state, (u, reset))
+        return state, nn.Dense(D)(h.reshape(T * N, H)).reshape(T, N, D)
+
+
+class SequenceModel(nn.Module):
+    """Pre-norm residual blocks: LayerNorm, LSTM, GELU, gated linear unit.
+
+    carry: a tuple of LSTM states, one a block. Call with x (T, N, D), reset (T, N); returns carry and y (T, N, D).
+    T is 1 when acting and num_steps when learning, with the same numbers up to rounding.
+    """
+
+    args: Args
+
+    @nn.compact
+    def __call__(self, carry, x, reset):
+        T, N, D = x.shape
+        next_carry = []
+        for state in carry:
+            state, y = LSTM(self.args)(state, nn.LayerNorm()(x), reset)
+            y = nn.gelu(y).reshape(T * N, D)
+            x = x + (y * nn.sigmoid(nn.Dense(D)(y))).reshape(T, N, D)
+            next_carry.append(state)
+        return tuple(next_carry), x
+
+    def initial_carry(self, num_envs):
+        zeros = jnp.zeros((num_envs, self.args.hidden_size))
+        return ((zeros, zeros),) * self.args.num_layers
+
+
+# ==== Actor-critic ====================================================================================================
+class ActorCritic(nn.Module):
+    """Encoder, sequence model, and one head each for the policy's logits (T, N, A) and the value (T, N)."""
+
+    args: Args
+    num_actions: int
+
+    @nn.compact
+    def __call__(self, carry, obs, reset):
+        T, N, O = obs.shape
+
+        def dense(x, size, scale=np.sqrt(2)):
+            return nn.Dense(size, kernel_init=nn.initializers.orthogonal(scale))(x)
+
+        x = nn.relu(dense(obs.reshape(T * N, O), self.args.encoder_size))
+        x = nn.relu(dense(x, self.args.d_model)).reshape(T, N, self.args.d_model)
+        carry, x = SequenceModel(self.args)(carry, x, reset)
+        x = x.reshape(T * N, self.args.d_model)
+
+        def head(size, scale):
+            hidden = nn.relu(dense(nn.relu(dense(x, self.args.head_size)), self.args.head_size))
+            return dense(hidden, size, scale)
+
+        # Both begin near zero. A random value function would look like advantages, and where rewards are rare
+        # normalisation blows those up until the policy has drifted to a corner before the first reward counts.
+        logits = head(self.num_actions, 0.01).reshape(T, N, self.num_actions)
+        return carry, logits, head(1, 0.01).reshape(T, N)
+
+
+# ==== PPO =============================================================================================================
+class Transition(NamedTuple):
+    """A rollout, every field with leading axes (T, N)."""
+
+    obs: jax.Array
+    reset: jax.Array  # obs[t] is the first of an episode: what the memory goes by
+    action: jax.Array
+    log_prob: jax.Array
+    value: jax.Array
+    reward: jax.Array
+    done: jax.Array  # action[t] ended an episode: what the advantage goes by
+
+
+class TrainState(NamedTuple):
+    """All that training needs to go on: a checkpoint holds this and nothing else. Axis N is split over the devices."""
+
+    params: dict
+    opt_state: tuple
+    env_state: EnvState
+    obs: jax.Array  # (N, O)
+    reset: jax.Array  # (N,)
+    carry: tuple  # the sequence model's memory before it has seen obs
+    key: jax.Array
+    num_updates: jax.Array  # int32, updates done
+
+
+def gae(reward, value, done, last_value, gamma, gae_lambda):
+    """Generalised advantage estimates (Schulman et al. 2016), (T, N) as the first three arguments are.
+
+    last_value (N,) is the value of the observation after the last step.
+
+    `done` stops both the bootstrap and the trace. Where a time limit is no real end, its value is already in reward.
+    """
+
+    def step(later, inputs):
+        advantage, next_value = later
+        reward, value, done = inputs
+        delta = reward + gamma * jnp.where(done, 0.0, next_value) - value
+        advantage = delta + gamma * gae_lambda * jnp.where(done, 0.0, advantage)
+        return (advantage, value), advantage
+
+    return jax.lax.scan(step, (jnp.zeros_like(last_value), last_value), (reward, value, done), reverse=True)[1]
+
+
+def categorical(logits, action):
+    """Log-probability of the action and entropy, both (...,), from logits (..., A) and action (...,)."""
+    log_p = jax.nn.log_softmax(logits)
+    log_prob = jnp.take_along_axis(log_p, action[..., None], axis=-1)[..., 0]
+    return log_prob, -(jnp.exp(log_p) * log_p).sum(-1)
+
+
+def ppo_loss(params, network, carry, batch, advantage, target, ent_coef, args):
+    """Clipped objective, value loss and entropy bonus (Schulman et al. 2017) of a minibatch of whole environments.
+
+    batch: Transition (T, M); carry: the memory, leading axis M, that the rollout began with; advantage, target (T, M).
+    Returns the scalar loss and a dict of scalars to log.
+    """
+    _, logits, value = network.apply(params, carry, batch.obs, batch.reset)
+    log_prob, entropy = categorical(logits, batch.action)
+    log_ratio = log_prob - batch.log_prob
+    ratio = jnp.exp(log_ratio)
+    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    clipped = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+    policy_loss = -jnp.minimum(ratio * advantage, clipped * advantage).mean()
+    value_loss = 0.5 * jnp.square(value - target).mean()
+    loss = policy_loss + args.vf_coef * value_loss - ent_coef * entropy.mean()
+    return loss, {
+        "losses/policy_loss": policy_loss,
+        "losses/value_loss": value_loss,
+        "losses/entropy": entropy.mean(),
+        "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # k3 of Schulman's note: unbiased, never negative
+        "losses/clipfrac": (jnp.abs(ratio - 1) > args.clip_coef).mean(),
+    }
+
+
+def learning_rate_schedule(args):
+    """The step size as a function of the number of optimiser steps taken."""
+    steps = args.num_updates * args.update_epochs * args.num_minibatches
+    return optax.linear_schedule(args.learning_rate, 0.0 if args.anneal_lr else args.learning_rate, steps)
+
+
+def make_train(args, env):
+    """Two pure functions: `init(key)` gives a TrainState; `train(state)` runs updates_per_call updates on it.
+
+    Both are one program for all devices (SPMD): each device steps and learns from its own share of the environments,
+    whose advantages it normalises, and averages its gradients with the others', so that all have the same parameters.
+    """
+    num_envs = args.num_envs // args.num_devices
+    network = ActorCritic(args, env.num_actions)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(args.max_grad_norm), optax.adam(learning_rate_schedule(args), eps=1e-5)
+    )
+
+    def init(key) -> TrainState:
+        key, env_key, params_key = jax.random.split(key, 3)
+        env_key = jax.random.fold_in(env_key, jax.lax.axis_index("devices"))
+        env_state, first = env.reset(env_key, env.params, num_envs)
+        carry = SequenceModel(args).initial_carry(num_envs)
+        params = network.init(params_key, carry, first.obs[None], first.reset[None])
+        opt_state, num_updates = optimizer.init(params), jnp.zeros((), jnp.int32)
+        return TrainState(params, opt_state, env_state, first.obs, first.reset, carry, key, num_updates)
+
+    def act(state: TrainState, key):
+        """One step of the rollout."""
+        action_key, env_key = jax.random.split(key)
+        carry, logits, value = network.apply(state.params, state.carry, state.obs[None], state.reset[None])
+        action = jax.random.categorical(action_key, logits[0])
+        env_state, timestep = env.step(env_key, state.env_state, action, env.params)
+        reward = timestep.reward
+        if env.has_time_limit and not args.truncation_is_terminal:
+            # The episode would have gone on: add what it was still worth, judged with the memory of before the reset.
+            final_obs, no_reset = timestep.final_obs[None], jnp.zeros_like(state.reset)[None]
+            _, _, final_value = network.apply(state.params, carry, final_obs, no_reset)
+            reward += args.gamma * jnp.where(timestep.truncated, final_value[0], 0.0)
+        log_prob, _ = categorical(logits[0], action)
+        transition = Transition(state.obs, state.reset, action, log_prob, value[0], reward, timestep.done)
+        ended = {"charts/episodes": 1, "charts/episodic_return": timestep.episode_return}
+        ended |= {"charts/episodic_length": timestep.episode_length}
+        state = state._replace(env_state=env_state, obs=timestep.obs, reset=timestep.reset, carry=carry)
+        return state, (transition, jax.tree.map(lambda x: jnp.where(timestep.done, x, 0).sum(), ended))
+
+    def update(state: TrainState, _):
+        """One rollout, and update_epochs passes over it."""
+        key, device_key = jax.random.split(state.key)
+        device_key = jax.random.fold_in(device_key, jax.lax.axis_index("devices"))
+        act_key, *epoch_keys = jax.random.split(device_key, 1 + args.update_epochs)
+        ent_coef = args.ent_coef * (1 - state.num_updates / args.num_updates if args.anneal_ent_coef else 1)
+        first_carry = state.carry  # as acting left it; each pass over the rollout starts from it again
+        state, (batch, episodes) = jax.lax.scan(act, state, jax.random.split(act_key, args.num_steps))
+        _, _, last_value = network.apply(state.params, state.carry, state.obs[None], state.reset[None])
+        advantage = gae(batch.reward, batch.value, batch.done, last_value[0], args.gamma, args.gae_lambda)
+        target = advantage + batch.value
+
+        def learn(params_and_opt_state, env_ids):
+            """One gradient step on the environments env_ids (M,), over the whole length of the rollout."""
+            params, opt_state = params_and_opt_state
+            carry = jax.tree.map(lambda x: x[env_ids], first_carry)
+            minibatch = jax.tree.map(lambda x: x[:, env_ids], (batch, advantage, target))
+            grads, losses = jax.grad(ppo_loss, has_aux=True)(params, network, carry, *minibatch, ent_coef, args)
+            flat, unflatten = jax.flatten_util.ravel_pytree(grads)  # one message between devices, not one an array
+            grads = unflatten(jax.lax.pmean(flat, "devices"))
+            losses["losses/grad_norm"] = optax.global_norm(grads)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), losses
+
+        order = jnp.concatenate([jax.random.permutation(k, num_envs) for k in epoch_keys])
+        order = order.reshape(args.update_epochs * args.num_minibatches, -1)  # (gradient steps, M)
+        (params, opt_state), losses = jax.lax.scan(learn, (state.params, state.opt_state), order)
+        losses["losses/explained_variance"] = 1 - (target - batch.value).var() / (target.var() + 1e-8)
+        state = state._replace(params=params, opt_state=opt_state, key=key, num_updates=state.num_updates + 1)
+        return state, (jax.tree.map(jnp.mean, losses), jax.tree.map(jnp.sum, episodes))
+
+    def train(state: TrainState) -> tuple[TrainState, dict]:
+        """Metrics are means over updates, or over all episodes that ended, NaN if none did."""
+        state, (losses, episodes) = jax.lax.scan(update, state, length=args.updates_per_call)
+        metrics = jax.lax.pmean(jax.tree.map(jnp.mean, losses), "devices")
+        sums = jax.lax.psum(jax.tree.map(jnp.sum, episodes), "devices")
+        count = metrics["charts/episodes"] = sums.pop("charts/episodes")
+        return state, metrics | {name: total / count for name, total in sums.items()}
+
+    split, copied = jax.P("devices"), jax.P()
+    specs = TrainState(copied, copied, split, split, split, split, copied, copied)
+    mesh = jax.make_mesh((args.num_devices,), ("devices",), devices=jax.devices()[: args.num_devices])
+    init = jax.shard_map(init, mesh=mesh, in_specs=copied, out_specs=specs, check_vma=False)
+    return init, jax.shard_map(train, mesh=mesh, in_specs=(specs,), out_specs=(specs, copied), check_vma=False)
+
+
+# ==== Evaluation ======================================================================================================
+class EvalState(NamedTuple):
+    env_state: EnvState
+    timestep: Timestep
+    carry: tuple
+    key: jax.Array
+    finished: jax.Array  # (E,) bool
+    episode_return: jax.Array  # (E,) of the first episode
+    episode_length: jax.Array  # (E,)
+
+
+def evaluate(params, key, env_params, greedy, args, env):
+    """Returns and lengths, (E,) each, of one whole episode in each of E = eval_episodes environments.
+
+    One episode in each, not the first E to end: those would be the short ones. Actions are the most likely ones if
+    `greedy`, else sampled.
+    """
+    network = ActorCritic(args, env.num_actions)
+    key, env_key = jax.random.split(key)
+    env_state, timestep = env.reset(env_key, env_params, args.eval_episodes)
+    carry = SequenceModel(args).initial_carry(args.eval_episodes)
+
+    def step(s: EvalState) -> EvalState:
+        key, action_key, env_key = jax.random.split(s.key, 3)
+        carry, logits, _ = network.apply(params, s.carry, s.timestep.obs[None], s.timestep.reset[None])
+        action = jnp.where(greedy, logits[0].argmax(-1), jax.random.categorical(action_key, logits[0]))
+        env_state, timestep = env.step(env_key, s.env_state, action, env_params)
+        return EvalState(
+            env_state,
+            timestep,
+            carry,
+            key,
+            s.finished | timestep.done,
+            jnp.where(s.finished, s.episode_return, timestep.episode_return),
+            jnp.where(s.finished, s.episode_length, timestep.episode_length),
+        )
+
+    start = EvalState(env_state, timestep, carry, key, timestep.done, timestep.episode_return, timestep.episode_length)
+    end = jax.lax.while_loop(lambda s: ~s.finished.all(), step, start)
+    return end.episode_return, end.episode_length
+
+
+# ==== Run directory ===================================================================================================
+def new_run_dir(args, task) -> Path:
+    run_dir = Path("runs") / f"{Path(__file__).stem}__{task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir.mkdir(parents=True)
+    here = Path(__file__).resolve().parent
+    git = shutil.which("git") and subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    )
+    config = {
+        "args": dataclasses.asdict(args) | {"resume": None},
+        "command": " ".join(sys.argv),
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "gymnax", "brax")},
+        "git_commit": git.stdout.strip() if git else None,
+    }
+    (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return run_dir
+
+
+class MetricsLog:
+    """Appends a row a call and seed to metrics.csv, TensorBoard and, with --track, Weights & Biases."""
+
+    def __init__(self, run_dir, args, last_update):
+        from tensorboardX import SummaryWriter
+
+        self.path, self.args = run_dir / "metrics.csv", args
+        if self.path.exists():  # a resumed run: forget what was logged after its checkpoint
+            rows = last_update // args.updates_per_call * args.num_seeds
+            self.path.write_text("".join(self.path.read_text().splitlines(keepends=True)[: 1 + rows]))
+        first_step = last_update * args.batch_size + 1
+        folders = [run_dir / "tensorboard" / f"seed_{args.seed + i}" for i in range(args.num_seeds)]
+        self.writers = [SummaryWriter(str(folder), purge_step=first_step) for folder in folders]
+        if args.track:
+            import wandb
+
+            config = json.loads((run_dir / "config.json").read_text())
+            self.wandb = wandb.init(project=args.wandb_project_name, id=run_dir.name, resume="allow", config=config)
+
+    def write(self, update, metrics, steps_per_second):
+        """metrics: what `train` returns, with a leading axis of seeds."""
+        args, step = self.args, update * self.args.batch_size
+        gradient_steps = update * args.update_epochs * args.num_minibatches
+        for i, writer in enumerate(self.writers):
+            row = {name: float(values[i]) for name, values in metrics.items()}
+            row = {name: None if np.isnan(value) else value for name, value in row.items()}  # nothing ended: no number
+            row["charts/learning_rate"] = float(learning_rate_schedule(args)(gradient_steps - 1))
+            row["charts/SPS"] = round(steps_per_second)
+            with self.path.open("a", newline="") as f:
+                where = {"update": update, "global_step": step, "seed": args.seed + i}
+                table = csv.DictWriter(f, where | row, lineterminator="\n")
+                if f.tell() == 0:
+                    table.writeheader()
+                table.writerow(where | row)
+            scalars = {name: value for name, value in row.items() if value is not None}
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step)
+            if args.track:
+                prefix = f"seed_{args.seed + i}/" if args.num_seeds > 1 else ""
+                self.wandb.log({prefix + name: value for name, value in scalars.items()} | {"global_step": step})
+
+    def close(self):
+        for writer in self.writers:
+            writer.close()
+        if self.args.track:
+            self.wandb.finish()
+
+
+def plot_learning_curve(run_dir, args, metric, baseline, baseline_label):
+    """learning_curve.png from metrics.csv: mean over seeds of a metric, its 95 % interval (Student's t), each seed."""
+    import matplotlib
+    from scipy import stats
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with (run_dir / "metrics.csv").open(newline="") as f:
+        rows = [(float(row["global_step"]), float(row[metric] or "nan")) for row in csv.DictReader(f)]
+    curve = np.array(rows).reshape(-1, args.num_seeds, 2)  # (calls, seeds, step and return)
+    curve = curve[~np.isnan(curve).any(axis=(1, 2))]  # leave out where no episode ended
+    steps, returns, mean = curve[:, 0, 0], curve[..., 1], curve[..., 1].mean(axis=1)
+    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    if args.num_seeds > 1:
+        half = stats.sem(returns, axis=1) * stats.t.ppf(0.975, args.num_seeds - 1)
+        ax.plot(steps, returns, color="C0", alpha=0.3, linewidth=0.8)
+        ax.fill_between(steps, mean - half, mean + half, color="C0", alpha=0.2, linewidth=0, label="95 % interval")
+    ax.plot(steps, mean, color="C0", label=f"mean of {args.num_seeds} seed(s)")
+    ax.axhline(baseline, color="grey", linestyle="--", linewidth=1, label=baseline_label)
+    ax.set(xlabel="environment steps", ylabel=metric, title=run_dir.name.rsplit("__", 2)[0])
+    ax.legend()
+    fig.savefig(run_dir / "learning_curve.png", dpi=150)
+    plt.close(fig)
+
+
+# ==== Main ============================================================================================================
+def over_seeds(function, args):
+    """vmap over the leading axis of seeds; a single seed is unwrapped instead, which compiles and runs faster."""
+    if args.num_seeds > 1:
+        return jax.vmap(function)
+    return lambda x: jax.tree.map(lambda y: y[None], function(jax.tree.map(lambda y: y[0], x)))
+
+
+def setup() -> tuple[Args, Environment]:
+    """Flags and environment, or one line on stderr and exit code 2."""
+    args = tyro.cli(Args, description=__doc__)
+    try:
+        if args.resume:
+            if args != dataclasses.replace(Args(), resume=args.resume):
+                raise ValueError("--resume continues a run with the flags it was started with: drop the other flags")
+            config = args.resume / "config.json"
+            if not config.is_file() or not (args.resume / "checkpoint").is_dir():
+                raise ValueError(
+                    f"--resume {args.resume} holds no config.json and checkpoint/: name a run directory under runs/"
+                )
+            args = Args(**json.loads(config.read_text())["args"] | {"resume": args.resume})
+        args.check()
+        if args.track and not importlib.util.find_spec("wandb"):
+            raise ValueError("--track needs Weights & Biases, which is not installed: pip install wandb")
+        if args.num_devices > len(jax.devices()):
+            raise ValueError(f"--num-devices {args.num_devices} is more than there are: use {len(jax.devices())}")
+        return args, Environment(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def main():
+    start_time = time.time()
+    args, env = setup()
+    import orbax.checkpoint as ocp
+
+    console = Console()
+    jax.config.update("jax_default_matmul_precision", "default" if args.tf32 else "highest")
+    task = f"{args.env_id}-{args.memory_length}" if args.env_id == "MemoryChain-bsuite" else args.env_id
+    run_dir = args.resume or new_run_dir(args, task)
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+
+    init, train = make_train(args, env)
+    state = jax.jit(over_seeds(init, args))(keys)
+    checkpoints = ocp.CheckpointManager(
+        (run_dir / "checkpoint").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1)
+    )
+    update = checkpoints.latest_step() or 0
+    if update:
+        state = checkpoints.restore(update, args=ocp.args.StandardRestore(state))
+    size = sum(x.size for x in jax.tree.leaves(state.params)) // args.num_seeds
+    console.print(
+        f"{run_dir}: {size:,} parameters, {args.num_updates * args.batch_size:,} steps in {args.num_updates:,} updates "
+        f"of {args.num_envs} x {args.num_steps}, {args.num_seeds} seed(s), {jax.devices()[0].device_kind}"
+    )
+
+    # Ctrl-C and kill end the loop after the call in flight, so that nothing is lost.
+    signals = []
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
+
+    compile_start = time.time()
+    train = jax.jit(over_seeds(train, args), donate_argnums=0).lower(state).compile()
+    compile_seconds = time.time() - compile_start
+    working = train.memory_analysis().temp_size_in_bytes / 2**20
+    console.print(f"compiled in {compile_seconds:.0f} s; needs {working:,.0f} MiB of memory beside the train state")
+    # env_params are arguments of the compiled program: one compilation serves every memory length.
+    eval_fn = jax.jit(jax.vmap(partial(evaluate, args=args, env=env), (0, 0, None, None)))
+    eval_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)  # far from what init splits off
+    zero_params = jax.tree.map(jnp.zeros_like, state.params)  # all logits equal: uniformly random actions
+    chance = float(eval_fn(zero_params, eval_keys, env.params, False)[0].mean())
+
+    log = MetricsLog(run_dir, args, update)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("", total=args.num_updates, completed=update)
+        last_save = loop_start = time.time()
+        device_seconds, first_update = 0.0, update
+        while update < args.num_updates and not signals:
+            call_start = time.time()
+            state, metrics = train(state)
+            metrics = jax.tree.map(np.asarray, metrics)  # waits for the device
+            call_seconds = time.time() - call_start
+            device_seconds += call_seconds
+            update += args.updates_per_call
+            steps_per_second = args.updates_per_call * args.batch_size * args.num_seeds / call_seconds
+            log.write(update, metrics, steps_per_second)
+            score = metrics["charts/episodic_return"].mean()
+            score = "–" if np.isnan(score) else f"{score:.2f}"
+            progress.update(bar, completed=update, description=f"return {score}  {steps_per_second:,.0f} steps/s")
+            if time.time() - last_save > args.checkpoint_interval and update < args.num_updates:
+                checkpoints.save(update, args=ocp.args.StandardSave(state))
+                last_save = time.time()
+    loop_seconds = time.time() - loop_start
+    if checkpoints.latest_step() != update:
+        checkpoints.save(update, args=ocp.args.StandardSave(state))
+    checkpoints.wait_until_finished()
+    log.close()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # all is saved: from here on they end the program at once
+    if update:
+        plot_learning_curve(run_dir, args, "charts/episodic_return", chance, "chance: uniformly random actions")
+    if update < args.num_updates:
+        console.print(f"stopped after update {update}; continue with: python {sys.argv[0]} --resume {run_dir}")
+        raise SystemExit(128 + signals[0])
+
+    # The memory task is also asked at lengths it was not trained on.
+    lengths = [env.params.memory_length] if args.env_id == "MemoryChain-bsuite" else []
+    lengths = [max(1, length * factor // 2) for length in lengths for factor in (1, 2, 4, 8)]
+    variants = {f"memory {n}": env.params.replace(memory_length=n) for n in lengths} or {"return": env.params}
+    table = Table("seed", *variants, title="greedy episodes: " + ("success rate" if lengths else "mean return"))
+    results = []
+    for env_params in variants.values():
+        returns, episode_lengths = jax.tree.map(np.asarray, eval_fn(state.params, eval_keys, env_params, True))
+        for i, seed in enumerate(seeds):
+            result = {"seed": seed, "episodes": args.eval_episodes, "mean_return": float(returns[i].mean())}
+            result |= {"std_return": float(returns[i].std()), "mean_length": float(episode_lengths[i].mean())}
+            if lengths:
+                result |= {"memory_length": env_params.memory_length, "success_rate": float((returns[i] > 0).mean())}
+            results.append(result)
+    for i, seed in enumerate(seeds):
+        cells = results[i :: args.num_seeds]
+        table.add_row(str(seed), *(f"{cell.get('success_rate', cell['mean_return']):.2f}" for cell in cells))
+    console.print(table)
+    steps = (update - first_update) * args.batch_size * args.num_seeds
+    timing = {
+        "total_seconds": time.time() - start_time,
+        "compile_seconds": compile_seconds,
+        "steps_per_second": steps / loop_seconds,
+        "host_share": 1 - device_seconds / loop_seconds if steps else 0.0,
+    }
+    console.print("  ".join(f"{name} {value:,.3g}" for name, value in timing.items()))
+    (run_dir / "eval.json").write_text(
+        json.dumps({"chance_return": chance, "results": results} | timing, indent=2) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

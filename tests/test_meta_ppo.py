@@ -1,0 +1,416 @@
+"""PPO over trials: the borders of episodes and of trials, what is predicted, what an evaluation does and shows."""
+
+import math
+from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import s5_ppo_meta as meta
+from s5_ppo_meta import (
+    MEMORIES,
+    TASKS,
+    ActorCritic,
+    Args,
+    CopiesOf,
+    Environment,
+    Transition,
+    adaptation,
+    episodes_of,
+    evaluate,
+    gaussian,
+    make_train,
+    ppo_loss,
+)
+
+N, O, A, T, LIMITS, TRIAL = 4, 5, 2, 13, (12, 5), 9
+TINY = {"num_envs": N, "num_minibatches": 2, "d_model": 8, "state_size": 4, "encoder_size": 8, "head_size": 8}
+TINY |= {"log_interval": 1, "update_epochs": 2, "learning_rate": 0.0, "num_layers": 2, "num_steps": T}
+TINY |= {"projected_obs_size": O, "projected_action_size": A, "trial_length": TRIAL, "trial_episodes": 0}
+TINY |= {"train_tasks": ("short-cartpole", "short-pendulum"), "held_out_tasks": (), "projection": False}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_tasks():
+    """A pole that falls within its time limit or just beyond, and a pendulum."""
+    with pytest.MonkeyPatch.context() as patch:
+        cartpole = TASKS["cartpole"]._replace(episode_length=LIMITS[0], params={"gravity": 40.0})
+        patch.setitem(TASKS, "short-cartpole", cartpole)
+        patch.setitem(TASKS, "short-pendulum", TASKS["pendulum"]._replace(episode_length=LIMITS[1]))
+        yield
+
+
+def shaken(params):
+    """A fresh policy hardly depends on its memory: this one does."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: np.asarray(x) + 0.3 * rng.normal(size=x.shape).astype(np.float32), params)
+
+
+def train_and_record(args, num_rollouts):
+    """Trains from shaken parameters. Of each rollout: the states before and after, its metrics, and each (carry, batch,
+    advantage, target) learnt from, the environments of an epoch back in their order."""
+    seen, rollouts = [], []
+
+    def spy(params, network, carry, batch, advantage, target, ent_coef, args):
+        jax.debug.callback(lambda *x: seen.append(jax.tree.map(np.array, x)), carry, batch, advantage, target)
+        return ppo_loss(params, network, carry, batch, advantage, target, ent_coef, args)
+
+    init, train = make_train(args, Environment(args.train_tasks, args))
+    state, train = jax.jit(init)(jax.random.key(0)), jax.jit(train)
+    state = state._replace(params=shaken(state.params))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meta, "ppo_loss", spy)
+        for _ in range(num_rollouts):
+            before, (state, metrics) = state, train(state)
+            jax.effects_barrier()
+            epochs = [sorted_epoch(before.obs, seen[i : i + args.num_minibatches]) for i in range(0, len(seen), 2)]
+            rollouts.append(SimpleNamespace(before=before, after=state, metrics=metrics, epochs=epochs))
+            seen.clear()
+    return rollouts
+
+
+def sorted_epoch(first_obs, minibatches):
+    """One (carry, batch, advantage, target) of all environments in the order of first_obs."""
+    carries, *others = zip(*minibatches, strict=True)
+    carry = jax.tree.map(lambda *x: np.concatenate(x), *carries)
+    batch, advantage, target = (jax.tree.map(lambda *x: np.concatenate(x, axis=1), *x) for x in others)
+    order = [int(np.flatnonzero((batch.obs[0] == obs).all(1))[0]) for obs in np.asarray(first_obs)]
+    assert sorted(order) == list(range(len(order)))  # every environment once
+    batch, advantage, target = jax.tree.map(lambda x: x[:, order], (batch, advantage, target))
+    return SimpleNamespace(
+        carry=jax.tree.map(lambda x: x[order], carry), batch=batch, advantage=advantage, target=target
+    )
+
+
+@pytest.fixture(scope="module")
+def rollouts():
+    return train_and_record(Args(**TINY), 3)
+
+
+@pytest.fixture(scope="module")
+def apply():
+    return jax.jit(ActorCritic(Args(**TINY)).apply)
+
+
+def squash(x):
+    """What the agent sees of an entry of a task's observation."""
+    n, copies = np.size(x), CopiesOf("pendulum", Args(**TINY))
+    nothing = jnp.zeros((n, A)), jnp.zeros(n), jnp.zeros(n), jnp.zeros(n, bool)
+    return np.asarray(copies.agent_obs(jnp.reshape(x, (n, 1)), jnp.ones((n, 1, 1)), *nothing)[:, 0])
+
+
+# ---- the learner and the actor
+def test_before_a_gradient_step_the_learner_computes_what_the_actor_did(rollouts, apply):
+    for r in rollouts:
+        assert len(r.epochs) == 2
+        for epoch in r.epochs:
+            batch = epoch.batch
+            jax.tree.map(np.testing.assert_array_equal, epoch.carry, r.before.carry)
+            _, policy, value, _ = apply(r.before.params, epoch.carry, batch.obs, batch.reset, batch.action)
+            np.testing.assert_allclose(np.exp(gaussian(policy, batch.action)[0] - batch.log_prob), 1, atol=1e-5)
+            np.testing.assert_allclose(value, batch.value, atol=1e-5, rtol=1e-5)
+            assert batch.reset[1:-1].any(0).all()
+        assert r.metrics["losses/clipfrac"] == 0 and abs(r.metrics["losses/approx_kl"]) < 1e-6
+    first, second, _ = (r.epochs[0] for r in rollouts)
+    assert first.batch.reset[0].all() and not any(carry.any() for carry in first.carry)
+    assert not second.batch.reset[0].all() and all((carry != 0).any(-1).all() for carry in second.carry)
+    # It takes memory to get these numbers: without it they are others.
+    batch, no_carry = second.batch, jax.tree.map(np.zeros_like, second.carry)
+    _, _, value, _ = apply(rollouts[0].before.params, no_carry, batch.obs, batch.reset, batch.action)
+    assert np.abs(value - batch.value).max() > 1e-2
+
+
+def test_rollouts_go_on_where_the_last_one_stopped(rollouts):
+    for one, following in pairwise(rollouts):
+        batch = following.epochs[0].batch
+        np.testing.assert_array_equal(one.after.obs, batch.obs[0])
+        np.testing.assert_array_equal(one.after.reset, batch.reset[0])
+        assert not np.array_equal(one.after.env_state[0].pool.obs, following.after.env_state[0].pool.obs)
+
+
+# ---- borders of episodes and of trials
+def borders(rollouts):
+    """(T', N) over all rollouts: fallen; time limit of the episode; end of the trial, counted by hand."""
+    outcome = np.concatenate([r.epochs[0].batch.outcome for r in rollouts])
+    cart = np.arange(N) < N // 2
+    fallen = (np.abs(outcome[..., 2]) > squash(12 * 2 * np.pi / 360)) | (np.abs(outcome[..., 0]) > squash(2.4))
+    fallen = fallen & cart
+    begun = np.concatenate([state.trial_step for state in rollouts[0].before.env_state])
+    trial_end = (begun + 1 + np.arange(len(outcome))[:, None]) % TRIAL == 0
+    limit, length = np.zeros_like(fallen), np.zeros(N)
+    for t in range(len(outcome)):
+        length = length + 1
+        limit[t] = length == np.where(cart, *LIMITS)
+        length = length * ~(fallen[t] | limit[t] | trial_end[t])
+    return fallen, limit, trial_end
+
+
+def test_episodes_end_by_a_fall_a_limit_or_their_trial_and_only_the_trial_resets_the_memory(rollouts):
+    fallen, limit, trial_end = borders(rollouts)
+    batch = jax.tree.map(lambda *x: np.concatenate(x), *(r.epochs[0].batch for r in rollouts))
+    np.testing.assert_array_equal(batch.done, fallen | limit | trial_end)
+    np.testing.assert_array_equal(batch.reset[1:], trial_end[:-1])
+    np.testing.assert_array_equal(batch.obs[1:, :, -1], trial_end[:-1])
+    np.testing.assert_array_equal(batch.obs[1:, :, -2], batch.done[:-1])
+    assert (fallen & ~limit & ~trial_end).any() and (limit & ~fallen & ~trial_end).any()
+    assert (trial_end & ~fallen & ~limit).any()
+
+
+def test_a_fall_costs_the_future_and_a_limit_adds_its_value_in_the_memory_of_before_the_reset(rollouts, apply):
+    args, (fallen, _, trial_end) = Args(**TINY), borders(rollouts)
+    by_reset = 0.0
+    for i, r in enumerate(rollouts):
+        epoch, carry, params = r.epochs[0], r.before.carry, r.before.params
+        batch = epoch.batch
+        fell, reset_next = fallen[i * T : (i + 1) * T], trial_end[i * T : (i + 1) * T]
+        value, reward = np.zeros((2, T, N))
+        for t in range(T):
+            now = slice(t, t + 1)
+            carry, _, v, _ = apply(params, carry, batch.obs[now], batch.reset[now], batch.action[now])
+            shown, scaled = batch.outcome[t, :, :O], batch.outcome[t, :, O:]
+            final_obs = np.concatenate([shown, batch.action[t], scaled, np.zeros((N, 2))], axis=1, dtype=np.float32)
+            _, _, final_value, _ = apply(params, carry, final_obs[None], np.zeros((1, N), bool), batch.action[now])
+            _, _, forgetful, _ = apply(params, carry, final_obs[None], np.ones((1, N), bool), batch.action[now])
+            cut_off = batch.done[t] & ~fell[t]
+            value[t], reward[t] = v[0], scaled[:, 0] + args.gamma * cut_off * final_value[0]
+            by_reset = max(by_reset, np.abs(reset_next[t] * (final_value - forgetful)).max())
+        np.testing.assert_allclose(batch.reward, reward, atol=1e-4)
+        _, _, following, _ = apply(params, carry, r.after.obs[None], r.after.reset[None], batch.action[:1])
+        advantage, next_value, later = np.zeros((T, N)), following[0], np.zeros(N)
+        for t in reversed(range(T)):
+            delta = reward[t] + args.gamma * ~batch.done[t] * next_value - value[t]
+            advantage[t] = later = delta + args.gamma * args.gae_lambda * ~batch.done[t] * later
+            next_value = value[t]
+        np.testing.assert_allclose(epoch.advantage, advantage, atol=1e-4)
+        np.testing.assert_allclose(epoch.target, advantage + value, atol=1e-4)
+        # Within a trial too, nothing that came after a fall counts.
+        inside = fell & ~reset_next
+        np.testing.assert_allclose(epoch.advantage[inside], (batch.outcome[..., O] - value)[inside], atol=1e-4)
+    assert by_reset > 1e-2  # the memory mattered where a trial ended
+
+
+def test_memory_goes_on_into_the_next_trial_if_asked():
+    flags = TINY | {"train_tasks": ("short-pendulum",), "num_layers": 0, "num_minibatches": 1, "update_epochs": 1}
+    args = Args(**flags | {"num_steps": 1}, reset_memory=False)
+    init, train = make_train(args, Environment(args.train_tasks, args))
+    state, train = jax.jit(init)(jax.random.key(0)), jax.jit(train)
+    assert state.reset.all()
+    told = []
+    for _ in range(TRIAL):
+        state, _ = train(state)
+        told.append(np.array(state.obs[:, -1]))
+        assert not state.reset.any()
+    np.testing.assert_array_equal(np.sum(told, axis=0), 1)  # the agent hears of every new trial
+
+
+# ---- predictions
+def test_what_is_to_be_predicted_is_where_the_action_led_not_where_the_next_episode_starts(rollouts):
+    spread = 1.0
+    for r in rollouts:
+        batch = r.epochs[0].batch
+        shown, reward = batch.outcome[..., :O], batch.outcome[..., O]
+        on = ~batch.done[:-1]
+        np.testing.assert_array_equal(shown[:-1][on], batch.obs[1:, :, :O][on])
+        assert (shown[:-1][~on] != batch.obs[1:, :, :O][~on]).any(-1).all()
+        np.testing.assert_array_equal(np.where(batch.reset[1:], 0, reward[:-1]), batch.obs[1:, :, O + A])
+        spread = np.sqrt(np.asarray(r.before.return_var)) + 1e-3
+        np.testing.assert_allclose(
+            reward[:, : N // 2], 1 / spread[0], rtol=1e-4
+        )  # a pole earns 1 a step, also as it falls
+        # A cart goes on at its speed, at the end of an episode as well.
+        x = np.concatenate([np.zeros(1), np.geomspace(1e-5, 1e3, 100_000)])
+        (position, speed), moved = batch.obs[:, : N // 2, :2].transpose(2, 0, 1), shown[:, : N // 2, 0]
+        position, speed, moved = (np.sign(y) * np.interp(np.abs(y), squash(x), x) for y in (position, speed, moved))
+        np.testing.assert_allclose(moved, position + 0.02 * speed, atol=1e-4)
+        assert batch.done[:, : N // 2].any()
+
+
+# ---- rewards are scaled by the spread of returns
+def test_the_running_spread_is_that_of_all_returns_so_far(rollouts):
+    returns = np.zeros((2, 0))
+    for r in rollouts:
+        new = r.epochs[0].batch.discounted_return.reshape(T, 2, N // 2).transpose(1, 0, 2).reshape(2, -1)
+        returns = np.concatenate([returns, new], axis=1)
+        np.testing.assert_allclose(r.after.return_mean, returns.mean(1), rtol=1e-4)
+        np.testing.assert_allclose(r.after.return_var, returns.var(1), rtol=1e-3)
+    np.testing.assert_allclose(rollouts[0].before.return_var, [TASKS[name].spread ** 2 for name in TINY["train_tasks"]])
+
+
+def test_discounted_returns_are_of_raw_rewards_and_begin_with_the_episode(rollouts):
+    batch = jax.tree.map(lambda *x: np.concatenate(x), *(r.epochs[0].batch for r in rollouts))
+    scale = np.concatenate([np.tile(np.sqrt(r.before.return_var) + 1e-3, (T, 1)) for r in rollouts])
+    raw = batch.outcome[..., O] * np.repeat(scale, N // 2, axis=1)
+    total = np.zeros(N)
+    for t in range(len(raw)):
+        total = raw[t] + Args().gamma * total
+        np.testing.assert_allclose(batch.discounted_return[t], total, rtol=1e-3)
+        total = total * ~batch.done[t]
+
+
+def test_metrics_are_means_over_the_episodes_that_ended(rollouts):
+    fallen, limit, trial_end = borders(rollouts)
+    done, length = fallen | limit | trial_end, np.zeros(N)
+    lengths = np.zeros_like(done, int)
+    for t in range(len(done)):
+        length = length + 1
+        lengths[t], length = length * done[t], length * ~done[t]
+    for i, r in enumerate(rollouts):
+        rows = slice(i * T, (i + 1) * T)
+        for name, mine in zip(TINY["train_tasks"], (slice(0, N // 2), slice(N // 2, N)), strict=True):
+            assert r.metrics[f"charts/episodes/{name}"] == done[rows, mine].sum() > 0
+        mean = lengths[rows, : N // 2].sum() / done[rows, : N // 2].sum()  # a pole's return is the episode's length
+        assert r.metrics["charts/episodic_return/short-cartpole"] == pytest.approx(mean, rel=1e-5)
+        scores = [
+            (r.metrics[f"charts/episodic_return/{name}"] - TASKS[name].zero) / (TASKS[name].one - TASKS[name].zero)
+            for name in TINY["train_tasks"]
+        ]
+        assert r.metrics["charts/score"] == pytest.approx(np.mean(scores), rel=1e-4)
+
+
+# ---- the loss
+def test_log_probability_and_entropy_are_those_of_independent_normals():
+    rng = np.random.default_rng(0)
+    mean, log_std, action = rng.normal(size=(3, 7, 5, 3))
+    log_prob, entropy = gaussian((mean, log_std), action)
+    normal = stats.norm(mean, np.exp(log_std))
+    np.testing.assert_allclose(log_prob, normal.logpdf(action).sum(-1), rtol=1e-4)
+    np.testing.assert_allclose(entropy, normal.entropy().sum(-1), rtol=1e-4)
+
+
+def test_loss_is_the_clipped_objective_and_the_squared_errors_of_value_and_prediction():
+    rng = np.random.default_rng(0)
+    T, M = 5, 3
+    args = Args(clip_coef=0.2, vf_coef=0.7, prediction_coef=2.5)
+    mean, log_std, action = rng.normal(size=(3, T, M, A))
+    value, target, advantage = rng.normal(size=(3, T, M))
+    prediction, outcome = rng.normal(size=(2, T, M, O + 1))
+    advantage = 5 + 3 * advantage
+    log_prob = stats.norm(mean, np.exp(log_std)).logpdf(action).sum(-1)
+    old_log_prob = log_prob - rng.normal(size=(T, M)) * 0.4
+
+    def network(params, carry, obs, reset, asked):
+        assert asked is action  # the prediction is of what this action leads to
+        return carry, (mean, log_std), value, prediction
+
+    fields = {"action": action, "log_prob": old_log_prob, "outcome": outcome}
+    batch = Transition(**{name: fields.get(name) for name in Transition._fields})
+    loss, metrics = ppo_loss({}, SimpleNamespace(apply=network), (), batch, jnp.asarray(advantage), target, 0.03, args)
+    ratio = np.exp(log_prob - old_log_prob)
+    assert (ratio > 1.2).any() and (ratio < 0.8).any() and (np.abs(ratio - 1) < 0.2).any()
+    normal = (advantage - advantage.mean()) / advantage.std()
+    policy_loss = -np.where(normal > 0, np.minimum(ratio, 1.2) * normal, np.maximum(ratio, 0.8) * normal).mean()
+    entropy = stats.norm(mean, np.exp(log_std)).entropy().sum(-1).mean()
+    value_loss, prediction_loss = np.square(value - target).mean() / 2, np.square(prediction - outcome).mean()
+    total = policy_loss + 0.7 * value_loss - 0.03 * entropy + 2.5 * prediction_loss
+    assert float(loss) == pytest.approx(total, rel=1e-4)
+    assert float(metrics["losses/prediction_loss"]) == pytest.approx(prediction_loss, rel=1e-4)
+    assert float(metrics["losses/approx_kl"]) == pytest.approx((ratio - 1 - np.log(ratio)).mean(), rel=1e-4)
+
+
+# ---- evaluation
+EVAL = TINY | {"train_tasks": ("short-pendulum",), "eval_trials": 3, "eval_trial_length": 12}
+
+
+@pytest.mark.parametrize("memory", range(3), ids=MEMORIES)
+def test_an_evaluation_resets_the_memory_where_its_kind_says_and_no_trial_ends(monkeypatch, memory):
+    seen = []
+
+    class Network:
+        def __init__(self, args):
+            pass
+
+        def apply(self, params, carry, obs, reset, action):
+            jax.debug.callback(lambda *x: seen.append([np.array(y[0]) for y in x]), obs, reset, ordered=True)
+            return carry, (jnp.zeros_like(action), jnp.zeros_like(action)), jnp.zeros(reset.shape), None
+
+    monkeypatch.setattr(meta, "ActorCritic", Network)
+    args = Args(**EVAL)
+    env = Environment(("short-pendulum",), args, trials_end=False)
+    play = jax.jit(partial(evaluate, args=args, env=env))
+    rewards, dones, _ = jax.tree.map(np.array, play({}, jnp.ones(1), jax.random.key(0), memory))
+    jax.effects_barrier()
+    obs, resets = (np.stack(x) for x in zip(*seen, strict=True))
+    assert rewards.shape == dones.shape == resets.shape == (12 + LIMITS[1], 3)
+    np.testing.assert_array_equal(dones, np.tile(np.arange(1, 18)[:, None] % 5 == 0, 3))
+    ended = np.concatenate([np.ones((1, 3), bool), dones[:-1]])
+    begun = np.arange(17)[:, None] == 0
+    np.testing.assert_array_equal(resets, np.broadcast_to([begun, ended, True][memory], (17, 3)))
+    np.testing.assert_array_equal(obs[..., -1], np.broadcast_to(begun, (17, 3)))  # and is never told of a new trial
+    np.testing.assert_array_equal(obs[..., -2], ended)
+
+
+def test_kinds_of_memory_differ_where_there_is_one_and_see_the_same_trials():
+    rewards = {}
+    for num_layers in (0, 1):
+        args = Args(**EVAL | {"num_layers": num_layers, "projection": True})
+        env = Environment(("short-pendulum",), args, trials_end=False)
+
+        network, carry = ActorCritic(args), meta.SequenceModel(args).initial_carry(1)
+        inputs = jnp.zeros((1, 1, env.obs_size)), jnp.ones((1, 1), bool), jnp.zeros((1, 1, A))
+        shapes = jax.eval_shape(network.init, jax.random.key(0), carry, *inputs)
+        params = shaken(jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes))
+
+        @jax.jit
+        def run(params, key, args=args, env=env):
+            over_memories = jax.vmap(partial(evaluate, args=args, env=env), (None, None, None, 0))
+            return over_memories(params, jnp.ones(1), key, jnp.arange(3))[0]
+
+        rewards[num_layers] = np.asarray(run(params, jax.random.key(0)))
+    np.testing.assert_array_equal(rewards[0][1:], rewards[0][:1].repeat(2, 0))
+    kept, by_episode, by_step = rewards[1]
+    np.testing.assert_array_equal(kept[0], by_step[0])  # the same start, where all have nothing to remember
+    np.testing.assert_array_equal(kept[:5], by_episode[:5])  # until the first episode ends
+    for one, other in ((kept, by_episode), (kept, by_step), (by_episode, by_step)):
+        assert (np.abs(one - other)[6:].max(0) > 1e-3).all()
+
+
+def test_episodes_by_hand():
+    rewards = np.array([[1, 2, 3, 4, 5, 6, 7], [1, 1, 1, 1, 1, 1, 1]], float).T  # of two trials
+    dones = np.array([[0, 1, 0, 0, 1, 0, 1], [0, 0, 0, 0, 0, 1, 0]], bool).T
+    by_steps = episodes_of(rewards, dones, Args(trial_length=3, trial_episodes=0, eval_trial_length=5))
+    # Trial, index, first step, return. The third episode of the first trial begins at step 5: too late.
+    np.testing.assert_array_equal(by_steps, [[0, 0, 0, 3], [0, 1, 2, 12], [1, 0, 0, 6]])
+    by_episodes = episodes_of(rewards, dones, Args(trial_length=0, trial_episodes=1, eval_trial_length=2))
+    np.testing.assert_array_equal(by_episodes, [[0, 0, 0, 3], [0, 1, 2, 12], [1, 0, 0, 6]])
+    by_episodes = episodes_of(rewards, dones, Args(trial_length=0, trial_episodes=1, eval_trial_length=4))
+    np.testing.assert_array_equal(by_episodes, [[0, 0, 0, 3], [0, 1, 2, 12], [0, 2, 5, 13], [1, 0, 0, 6]])
+
+
+def test_adaptation_by_hand(monkeypatch):
+    monkeypatch.setitem(TASKS, "made up", TASKS["pendulum"]._replace(zero=2.0, one=4.0))
+    monkeypatch.setitem(TASKS, "other", TASKS["pendulum"]._replace(zero=0.0, one=1.0))
+    args = Args(**TINY | {"trial_length": 4}, eval_trial_length=8)
+    # Two trials of the made-up task, then two of the other; episodes of 4 steps, of which the third begins too late.
+    dones = np.tile(np.arange(1, 13)[:, None] % 4 == 0, 4)
+    per_step = {"kept": ([1, 2], [2, 4]), "wiped every episode": ([1, 1], [1, 2]), "wiped every step": ([1, 1], [1, 1])}
+    rewards = np.zeros((1, 3, 12, 4))
+    for m, memory in enumerate(MEMORIES):
+        for trial, (first, second) in enumerate(per_step[memory]):
+            rewards[0, m, :, trial] = np.repeat([first, second, 100], 4)
+    rows = adaptation(rewards, np.tile(dones, (1, 3, 1, 1)), SimpleNamespace(names=("made up", "other")), args)
+
+    def pick(**wanted):
+        return [row for row in rows if wanted.items() <= row.items()]
+
+    mine = partial(pick, task="made up")
+    assert {row["memory"] for row in rows} == set(MEMORIES) and {row["task"] for row in rows} == {"made up", "other"}
+    # Returns of 4 and 8, then of 8 and 16: scores of (return - 2) / 2.
+    first, second = mine(memory="kept", against="episode")
+    assert (first["x"], first["mean"], first["trials"]) == (0, 2, 2)
+    assert (second["x"], second["mean"], second["trials"]) == (1, 5, 2)
+    assert second["interval"] == pytest.approx(1.96 * 4 / math.sqrt(2) / math.sqrt(2))  # of 3 and 7
+    (half,) = mine(memory="kept", against="second half")
+    assert (half["mean"], half["trials"]) == (5, 2)
+    assert [row["mean"] for row in mine(memory="wiped every step", against="second half")] == [1]
+    # What the memory is worth, trial by trial: 3 and 7, less 1 and 3 or less 1 and 1.
+    worth = {row["memory"]: row["mean"] for row in mine(against="kept minus this")}
+    assert worth == {"wiped every episode": 3, "wiped every step": 4}
+    steps = mine(memory="kept", against="step")
+    assert [row["mean"] for row in steps] == [1.5] * 4 + [3] * 4  # a part is one step, where there are so few
+    assert [row["x"] for row in steps] == [i + 0.5 for i in range(8)]
+    assert all(row["mean"] == 0 for row in pick(task="other"))
