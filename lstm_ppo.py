@@ -318,7 +318,7 @@ class LSTM(nn.Module):
             state = jax.tree.map(lambda x: jnp.where(reset[:, None], 0.0, x), state)
             return cell.apply({"params": params}, state, u)
 
-        # Not unrolled: on a CPU that only made it slower, to compile and to run.
+        # Not unrolled: on a CPU that took longer to compile and was no faster to run.
         state, h = jax.lax.scan(step, state, (u, reset))
         return state, nn.Dense(D)(h.reshape(T * N, H)).reshape(T, N, D)
 

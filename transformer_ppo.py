@@ -170,14 +170,15 @@ class Args:
 
     @property
     def attention_bytes(self) -> int:
-        """Memory of attention: every environment's keys and values, and the scores of a minibatch's block of queries.
+        """What attention needs on one device: all keys and values, and the scores of a minibatch's block of queries.
 
         Keys and values exist twice, as the rollout began and as they are now; six arrays of scores exist at once in the
         backward pass, as compiled for a CPU.
         """
-        cached = 2 * 2 * self.num_layers * self.num_envs * self.context_length * self.num_heads * self.key_size
-        block, minibatch = min(self.num_steps, QUERY_BLOCK), self.num_envs // self.num_minibatches
-        scores = 6 * minibatch * self.num_heads * block * (self.context_length + block)
+        envs, W = self.num_seeds * self.num_envs // self.num_devices, self.context_length
+        block = min(self.num_steps, QUERY_BLOCK)
+        cached = 2 * 2 * self.num_layers * envs * W * self.num_heads * self.key_size
+        scores = 6 * envs // self.num_minibatches * self.num_heads * block * (W + block)
         return 4 * (cached + scores)
 
     def check(self) -> None:
@@ -312,7 +313,7 @@ class Environment:
 
 
 # ==== Sequence model: Transformer with a sliding window ===============================================================
-QUERY_BLOCK = 64
+QUERY_BLOCK = 64  # queries whose scores exist at once; on a CPU, blocks of 256 took about twice as long
 
 
 class Cache(NamedTuple):
@@ -379,7 +380,8 @@ class Attention(nn.Module):
         query, keys, values = jnp.moveaxis(qkv, (2, 1), (0, 1))  # (N, T, H, K) each
         query, keys = rotate(query, position), rotate(keys, position)
 
-        # Of this call, the ring keeps the last W steps of the last episode; the others go to slot W, which is none.
+        # The ring takes this call's last W steps, of the last episode only: two steps for one slot would have no order.
+        # The others go to slot W, which does not exist.
         kept = (start == start[:, -1:]) & (time >= T - W)
         slot = jnp.arange(N)[:, None], jnp.where(kept, position % W, W)
         next_cache = Cache(

@@ -1,7 +1,8 @@
-"""Wall-clock seconds of `python s5_ppo_memory.py`, from process start, and its greedy success, for seeds 0 to 4.
+"""Wall-clock seconds of a memory script, from process start, and its greedy success, for seeds 0 to 4.
 
-    python benchmarks/first_minute.py            # the defaults: memory length 128
-    python benchmarks/first_minute.py --zoh      # any flags of the script; here, the paper's input scaling
+    python benchmarks/first_minute.py                    # s5_ppo_memory.py with its defaults: memory length 128
+    python benchmarks/first_minute.py lstm_ppo.py        # another script
+    python benchmarks/first_minute.py s5_ppo_memory.py --zoh    # and any flags of it; here, the paper's input scaling
 
 One run after another, without a compilation cache. Appends a row a seed to first_minute.csv beside this file.
 """
@@ -20,10 +21,10 @@ HERE = Path(__file__).resolve().parent
 
 
 def main():
-    flags = sys.argv[1:]
+    script, *flags = sys.argv[1:] or ["s5_ppo_memory.py"]
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     for seed in range(5):
-        command = [sys.executable, str(HERE.parent / "s5_ppo_memory.py"), "--seed", str(seed), *flags]
+        command = [sys.executable, str(HERE.parent / script), "--seed", str(seed), *flags]
         with tempfile.TemporaryDirectory() as folder:
             start = time.time()
             subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -33,7 +34,13 @@ def main():
             config = json.loads((run_dir / "config.json").read_text())
         trained = config["args"]["memory_length"]
         (result,) = (r for r in evaluation["results"] if r["memory_length"] == trained)
-        row = {"date": date.today().isoformat(), "flags": " ".join(flags), "memory_length": trained, "seed": seed}
+        row = {
+            "date": date.today().isoformat(),
+            "script": script,
+            "flags": " ".join(flags),
+            "memory_length": trained,
+            "seed": seed,
+        }
         row |= {"success_rate": result["success_rate"], "seconds": round(seconds, 1)}
         row |= {"compile_seconds": round(evaluation["compile_seconds"], 1)}
         row |= {"steps_per_second": round(evaluation["steps_per_second"])}

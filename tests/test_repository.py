@@ -13,10 +13,7 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 TREES = {path.stem: ast.parse(path.read_text()) for path in SCRIPTS}
 
 # Definitions that differ between scripts on purpose, and why. All others of one name must be the same text.
-MODEL = {
-    "Args": "the flags of the sequence model",
-    "SequenceModel": "S5, LSTM or Transformer",
-}
+MODEL = {"Args": "the flags of the sequence model", "SequenceModel": "S5, LSTM or Transformer"}
 TASK = MODEL | {
     "Args": "the flags of the task",
     "Environment": "a memory task, or trials of several control tasks",
