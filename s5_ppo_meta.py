@@ -185,8 +185,8 @@ class Args:
     """P, complex states of a block"""
     dt_min: float = 0.001
     """smallest initial time step; the slowest states fall to 1/e in 2 / DT_MIN environment steps"""
-    dt_max: float = 0.1
-    """largest initial time step"""
+    dt_max: float = 2.0
+    """largest initial time step; the fastest states, which see a difference between two steps, fall in 2 / DT_MAX"""
     zoh: bool = False
     """scale the input by zero-order hold, as the paper does, not to unit variance"""
 
@@ -215,7 +215,7 @@ class Args:
     """lambda of the generalised advantage estimate"""
     clip_coef: float = 0.2
     """epsilon of the clipped objective"""
-    ent_coef: float = 0.0
+    ent_coef: float = 0.005
     """weight of the entropy bonus"""
     anneal_ent_coef: bool = False
     """lower that weight linearly to zero over the run: a policy kept random is another policy once it acts greedily"""
