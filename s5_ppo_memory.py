@@ -43,11 +43,14 @@ Where this departs from the paper, and why:
 - The critic's last layer starts near zero: see ActorCritic.
 """
 
+import contextlib
 import csv
 import dataclasses
 import importlib.metadata
 import importlib.util
+import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -772,9 +775,21 @@ def over_seeds(function, args):
     return lambda x: jax.tree.map(lambda y: y[None], function(jax.tree.map(lambda y: y[0], x)))
 
 
+def parse_flags() -> Args:
+    """tyro's parser, but what it prints of a wrong flag, a box of many lines, becomes one."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Args, description=__doc__)
+    except SystemExit as leaving:
+        if leaving.code:
+            print("error:", " ".join(re.sub("[╭╮╰╯│─]", " ", box.getvalue()).split()), file=sys.stderr)
+        raise
+
+
 def setup() -> tuple[Args, Environment]:
     """Flags and environment, or one line on stderr and exit code 2."""
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_flags()
     try:
         if args.resume:
             if args != dataclasses.replace(Args(), resume=args.resume):

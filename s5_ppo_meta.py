@@ -32,11 +32,14 @@ network with its memory wiped, on new matrices and on tasks that were never trai
 TODO expectations
 """
 
+import contextlib
 import csv
 import dataclasses
 import importlib.metadata
 import importlib.util
+import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -227,6 +230,10 @@ class Args:
     """global norm the gradient is clipped to"""
 
     def __post_init__(self):
+        if self.trial_length and self.trial_episodes is None:  # one given stands for both
+            self.trial_episodes = 0
+        if self.trial_episodes and self.trial_length is None:
+            self.trial_length = 0
         for name, value in SUITES[self.suite]._asdict().items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -337,11 +344,12 @@ def random_orthonormal(key, n, rows, columns):
 class CopiesOf:
     """n copies of one task, from gymnax or brax, behind random projections.
 
-    The task's observation o is squashed by symlog, needing no statistics, and embedded by a matrix with orthonormal
+    The task's observation o is squashed to arcsinh(10 o) / 2, linear below 0.1 and logarithmic above, so that angles
+    and velocities of any task weigh alike without statistics of it. Then it is embedded by a matrix with orthonormal
     columns times sqrt(projected size / o's size): distances are kept up to that factor, no information is lost, and an
-    entry has the same variance whatever the size of o, so that padding and scale do not tell the task. The
-    agent's action goes through a matrix with orthonormal rows and is clipped to [-1, 1], the range of every task's
-    actions here: each of them is reached, by an action no longer than itself.
+    entry has the same variance whatever the size of o, so that neither padding nor scale tells the task. The agent's
+    action goes through a matrix with orthonormal rows and is clipped to [-1, 1], the range of every task's actions
+    here: each of them is reached, by an action no longer than itself.
     """
 
     def __init__(self, name, args):
@@ -676,7 +684,7 @@ class ActorCritic(nn.Module):
             return dense(hidden, size, scale).reshape(T, N, size)
 
         # How much to explore depends on what the memory holds, so the deviation is an output as well. It stays between
-        # 0.1 and 2 and starts near 0.5: left free, it collapsed or blew up.
+        # 0.1 and 2, so that neither noise nor certainty runs away, and starts near 0.45.
         mean, log_std = jnp.split(head(x, 2 * A, 0.01), 2, axis=-1)
         log_std = np.log(0.1) + (np.log(2) - np.log(0.1)) * nn.sigmoid(log_std)
         value = head(x, 1, 0.01)[..., 0]
@@ -1140,9 +1148,21 @@ def over_seeds(function, args):
     return lambda x: jax.tree.map(lambda y: y[None], function(jax.tree.map(lambda y: y[0], x)))
 
 
+def parse_flags() -> Args:
+    """tyro's parser, but what it prints of a wrong flag, a box of many lines, becomes one."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Args, description=__doc__)
+    except SystemExit as leaving:
+        if leaving.code:
+            print("error:", " ".join(re.sub("[╭╮╰╯│─]", " ", box.getvalue()).split()), file=sys.stderr)
+        raise
+
+
 def setup() -> tuple[Args, Environment, Environment]:
     """Flags, the environments to train in and to evaluate in; or one line on stderr and exit code 2."""
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_flags()
     try:
         run_dir = args.resume or args.eval_only
         if run_dir:

@@ -125,6 +125,8 @@ def test_after_a_kill_the_resumed_run_is_the_uninterrupted_one(tmp_path, uninter
 
 # ---- what it refuses
 BAD = {
+    "unknown flag": ("--num-envz 3", "--num-envz"),
+    "not a number": ("--num-envs many", "--num-envs"),
     "unknown environment": ("--env-id CartPole-v7", "--env-id"),
     "continuous actions": ("--env-id Pendulum-v1", "--env-id"),
     "observation not flat": ("--env-id Breakout-MinAtar", "--env-id"),
