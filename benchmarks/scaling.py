@@ -1,15 +1,17 @@
 """S5, LSTM and Transformer: time and memory against sequence length, of a layer, a PPO update and an acting step.
 
-    python benchmarks/scaling.py                    # on 2 CPU cores: about 25 minutes
-    python benchmarks/scaling.py --max-length 2048  # a quick look
+    python benchmarks/scaling.py                      # on 2 CPU cores: about 15 minutes
+    python benchmarks/scaling.py --parts layer        # one part; the table keeps the others
+    python benchmarks/scaling.py --parts              # draw the stored table again
 
 All with the scripts' own code. The layer: forward and backward over 8 sequences of width 64, the Transformer's window
 as long as the sequence. The update: one rollout of 8 environments on a memory of half its length and one epoch of 2
 minibatches, network as by default, window as long as the rollout. The acting step: 32 environments, against the
 context, which for S5 and LSTM is always the same carry. The models take turns within one process, so that a slow
-moment slows them all; the median of the repeats counts. Peak memory is what the compiler sets aside for intermediate
-values. Slopes are fitted from length 1,024 on. Writes scaling_<device>.csv and .png beside this file; a cell is blank
-where it was not run: attention above --max-attention-length.
+moment slows them all; the median of the repeats counts. Where one call holds several gradient or acting steps, as in
+training, times are those of one. Peak memory is what the compiler sets aside for intermediate values. Slopes are fitted
+from length 1,024 on. Writes scaling_<device>.csv and .png beside this file; a cell is blank where it was not run:
+attention above --max-attention-length.
 """
 
 import csv
@@ -17,6 +19,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +41,13 @@ WIDTH, SEQUENCES, REPEATS = 64, 8, 3
 
 @dataclass
 class Args:
+    parts: tuple[Literal["layer", "update", "acting step"], ...] = ("layer", "update", "acting step")
+    """what to measure"""
     min_length: int = 64
     """shortest sequence"""
     max_length: int = 16_384
     """longest sequence of S5 and LSTM"""
-    max_attention_length: int = 8_192
+    max_attention_length: int = 4_096
     """longest sequence of the Transformer; its time grows with the square"""
 
 
@@ -54,7 +59,7 @@ def script_args(script, length, **flags):
 
 
 def layer(script, length):
-    """One gradient of the mean square output of one S5, LSTM or attention layer, without the block around it."""
+    """Gradient steps on the mean square output of one S5, LSTM or attention layer, without the block around it."""
     args = script_args(script, length, num_layers=1)
     module = {"s5_ppo_memory": "S5", "lstm_ppo": "LSTM", "transformer_ppo": "Attention"}[script.__name__]
     module = getattr(script, module)(args)
@@ -67,7 +72,11 @@ def layer(script, length):
     def loss(params, u):
         return jnp.square(module.apply(params, state, u, reset)[1]).mean()
 
-    return jax.jit(jax.grad(loss, argnums=(0, 1))), (params, u)
+    def descend(_, inputs):
+        return jax.tree.map(lambda x, g: x - 1e-6 * g, inputs, jax.grad(loss, argnums=(0, 1))(*inputs))
+
+    # A call of one step mostly waits for fresh memory.
+    return jax.jit(lambda *inputs: jax.lax.fori_loop(0, 4, descend, inputs)), (params, u), 4
 
 
 def update(script, length):
@@ -113,7 +122,7 @@ def measure(what, length, args):
         row = {"what": what.__name__.replace("_", " "), "model": name, "length": length, "ms": None, "MiB": None}
         if name in compiled:
             memory = compiled[name][0].memory_analysis().temp_size_in_bytes
-            row |= {"ms": round(1e3 * np.median(seconds[name]), 4), "MiB": round(memory / 2**20, 3)}
+            row |= {"ms": round(1e3 * float(np.median(seconds[name])), 4), "MiB": round(memory / 2**20, 3)}
         rows.append(row)
     print(rows[0]["what"], length, {row["model"]: (row["ms"], row["MiB"]) for row in rows}, flush=True)
     return rows
@@ -123,12 +132,19 @@ def main():
     args = tyro.cli(Args, description=__doc__)
     device = jax.devices()[0].device_kind.replace(" ", "-")
     lengths = [2**n for n in range(4, 20) if args.min_length <= 2**n <= args.max_length]
-    rows = [row for what in (layer, update, acting_step) for length in lengths for row in measure(what, length, args)]
-    path = Path(__file__).with_name(f"scaling_{device}")
-    with path.with_suffix(".csv").open("w", newline="") as f:
-        table = csv.DictWriter(f, rows[0], lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+    path, rows = Path(__file__).with_name(f"scaling_{device}"), []
+    if path.with_suffix(".csv").exists():
+        with path.with_suffix(".csv").open(newline="") as f:
+            rows = [r | {k: float(r[k]) if r[k] else None for k in ("length", "ms", "MiB")} for r in csv.DictReader(f)]
+    parts = {"layer": layer, "update": update, "acting step": acting_step}
+    for part in args.parts:
+        rows = [row for row in rows if row["what"] != part]
+        for length in lengths:
+            rows += measure(parts[part], length, args)
+            with path.with_suffix(".csv").open("w", newline="") as f:
+                table = csv.DictWriter(f, rows[0], lineterminator="\n")
+                table.writeheader()
+                table.writerows(rows)
 
     fig, axes = plt.subplots(1, 5, figsize=(18, 3.6), layout="constrained")
     panels = [("layer", "ms"), ("layer", "MiB"), ("update", "ms"), ("update", "MiB"), ("acting step", "ms")]

@@ -38,7 +38,7 @@ TINY |= {"train_tasks": ("short-cartpole", "short-pendulum"), "held_out_tasks": 
 def short_tasks():
     """A pole that falls within a few steps, and a pendulum that cannot."""
     with pytest.MonkeyPatch.context() as patch:
-        cartpole = TASKS["cartpole"]._replace(episode_length=LIMITS[0], params={"gravity": 100.0})
+        cartpole = TASKS["cartpole"]._replace(episode_length=LIMITS[0], params={"gravity": 1000.0})
         patch.setitem(TASKS, "short-cartpole", cartpole)
         patch.setitem(TASKS, "short-pendulum", TASKS["pendulum"]._replace(episode_length=LIMITS[1]))
         yield
@@ -379,3 +379,32 @@ def test_adaptation_by_hand(monkeypatch):
     assert [row["mean"] for row in steps] == [1.5] * 4 + [3] * 4  # a part is one step, where there are so few
     assert [row["x"] for row in steps] == [i + 0.5 for i in range(8)]
     assert all(row["mean"] == 0 for row in pick(task="other"))
+
+
+# ---- learning
+def test_what_an_action_does_is_found_out_within_a_trial_and_kept_in_memory(monkeypatch):
+    """The poles of half the trials are pushed to the left by an action that pushes the others to the right."""
+    monkeypatch.setitem(TASKS, "cart", TASKS["cartpole"]._replace(episode_length=100))
+
+    def random_sign(key, n, rows, columns):  # of the action only: the observation of four entries is shown as it is
+        return jax.random.rademacher(key, (n, 1, 1), float) if columns == 1 else jnp.tile(jnp.eye(4), (n, 1, 1))
+
+    monkeypatch.setattr(meta, "random_orthonormal", random_sign)
+    sizes = {"num_layers": 1, "d_model": 32, "state_size": 16, "encoder_size": 32, "head_size": 32, "dt_max": 2.0}
+    ppo = {"num_envs": 32, "num_steps": 64, "learning_rate": 2e-3, "anneal_lr": True, "ent_coef": 0.005}
+    task = {"train_tasks": ("cart",), "held_out_tasks": (), "projected_obs_size": 4, "projected_action_size": 1}
+    args = Args(**sizes, **ppo, **task, trial_episodes=3, eval_trial_length=3, total_timesteps=240_000, log_interval=60)
+    init, train = make_train(args, Environment(args.train_tasks, args))
+    state, train = jax.jit(init)(jax.random.key(0)), jax.jit(train)
+    for _ in range(args.num_updates // args.updates_per_call):
+        state, _ = train(state)
+    env = Environment(args.train_tasks, args, trials_end=False)
+    play = jax.jit(jax.vmap(partial(evaluate, args=args, env=env), (None, None, None, 0)))
+    spread = jnp.sqrt(state.return_var) + 1e-3
+    rewards, dones, _ = jax.tree.map(np.asarray, play(state.params, spread, jax.random.key(1), jnp.array([0, 2])))
+    last = []
+    for reward, done in zip(rewards, dones, strict=True):
+        _, index, _, returns = episodes_of(reward, done, args).T
+        last.append(returns[index == 2].mean())
+    kept, wiped = last
+    assert kept >= 90 and wiped <= 75  # of 100 steps; random actions last 22
