@@ -1,11 +1,12 @@
 """Success at memory lengths from 4 to 4,096 after at most 10,000 episodes of each seed, beside the paper's figure.
 
-    python benchmarks/memory_length.py                    # every length, 5 seeds: about 8 hours on 2 cores
-    python benchmarks/memory_length.py --lengths 512      # one length; the table keeps the others
-    python benchmarks/memory_length.py --lengths          # draw the stored table again
+    python benchmarks/memory_length.py                              # S5, every length, 5 seeds: about 8 hours
+    python benchmarks/memory_length.py --lengths 512                # one length; the table keeps the others
+    python benchmarks/memory_length.py --models LSTM --lengths 512  # another model, the same number of steps
+    python benchmarks/memory_length.py --lengths                    # draw the stored table again
 
-Each length is one run of s5_ppo_memory.py with the flags that `flags` makes of it. Writes memory_length.csv, a row a
-length and seed, and memory_length.png beside this file.
+Each length and model is one run of its script with the flags that `flags` makes of it; these were searched for S5 only.
+Writes memory_length.csv, a row a model, length and seed, and memory_length.png beside this file.
 """
 
 import csv
@@ -14,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -33,8 +36,13 @@ PAPER = {
 }
 
 
+SCRIPTS = {"S5": "s5_ppo_memory.py", "LSTM": "lstm_ppo.py", "Transformer": "transformer_ppo.py"}
+
+
 @dataclass
 class Args:
+    models: tuple[Literal["S5", "LSTM", "Transformer"], ...] = ("S5",)
+    """scripts to run"""
     lengths: list[int] = field(default_factory=lambda: list(LENGTHS))
     """memory lengths to run"""
     num_seeds: int = 5
@@ -43,10 +51,15 @@ class Args:
     """training episodes of each seed; the paper has 10,000"""
 
 
-def flags(length, args):
+def flags(model, length, args):
     """The rollout spans two episodes, so that every gradient reaches from the question back to its cue."""
     num_steps = max(128, 2 * length)
-    return {
+    own = {
+        "S5": {"dt-min": min(1e-3, 0.4 / length)},
+        "LSTM": {"max-timescale": max(2000, 5 * length)},
+        "Transformer": {"context-length": length + 2},
+    }
+    return own[model] | {
         "memory-length": length,
         "num-seeds": args.num_seeds,
         "total-timesteps": max(args.episodes * (length + 1), 16 * num_steps),
@@ -56,14 +69,13 @@ def flags(length, args):
         "learning-rate": 3e-4,
         "gae-lambda": 0.0,  # one action counts: credit spread over the ones before it is noise
         "ent-coef": 0.1,  # noise alone drives the policy to a corner long before the cue is found
-        "dt-min": min(1e-3, 0.4 / length),
     }
 
 
-def train(length, args):
-    """Runs one length; rows for the table."""
-    command = [sys.executable, str(HERE.parent / "s5_ppo_memory.py"), "--anneal-lr", "--anneal-ent-coef"]
-    command += [str(x) for name, value in flags(length, args).items() for x in (f"--{name}", value)]
+def train(model, length, args):
+    """Runs one model at one length; rows for the table."""
+    command = [sys.executable, str(HERE.parent / SCRIPTS[model]), "--anneal-lr", "--anneal-ent-coef"]
+    command += [str(x) for name, value in flags(model, length, args).items() for x in (f"--{name}", value)]
     print(" ".join(command[1:]), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(command, cwd=folder, check=True)
@@ -79,6 +91,7 @@ def train(length, args):
         solved = [int(row["global_step"]) for row in mine if float(row["charts/episodic_return"] or "nan") >= 0.5]
         rows.append(
             {
+                "model": model,
                 "length": length,
                 "seed": result["seed"],
                 "greedy_return": round(result["mean_return"], 4),
@@ -101,23 +114,25 @@ def read(path):
 def main():
     args = tyro.cli(Args, description=__doc__)
     path = HERE / "memory_length.csv"
-    for length in args.lengths:
-        rows = train(length, args)
-        rows += [row for row in read(path) if int(row["length"]) != length]
+    for model, length in product(args.models, args.lengths):
+        rows = train(model, length, args)
+        rows += [row for row in read(path) if (row["model"], int(row["length"])) != (model, length)]
         with path.open("w", newline="") as f:
             writer = csv.DictWriter(f, rows[0])
             writer.writeheader()
-            writer.writerows(sorted(rows, key=lambda row: int(row["length"])))
+            writer.writerows(sorted(rows, key=lambda row: (row["model"], int(row["length"]))))
     table = read(path)
 
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     for (name, curve), color in zip(PAPER.items(), ("C0", "C1", "C2"), strict=True):
         ax.plot(curve.keys(), curve.values(), "o--", color=color, alpha=0.5, markersize=3, label=f"paper: {name}")
-    points = np.array([(int(row["length"]), float(row["greedy_return"])) for row in table])
-    lengths = np.unique(points[:, 0])
-    ax.plot(points[:, 0], points[:, 1], ".", color="C3", markersize=5)
-    medians = [np.median(points[points[:, 0] == length, 1]) for length in lengths]
-    ax.plot(lengths, medians, "-", color="C3", label="s5_ppo_memory.py: median and each seed")
+    for (name, script), color in zip(SCRIPTS.items(), ("C3", "C4", "C5"), strict=True):
+        points = [(int(row["length"]), float(row["greedy_return"])) for row in table if row["model"] == name]
+        if points:
+            lengths, returns = np.array(points).T
+            ax.plot(lengths, returns, ".", color=color, markersize=5)
+            medians = {length: np.median(returns[lengths == length]) for length in np.unique(lengths)}
+            ax.plot(medians.keys(), medians.values(), "-", color=color, label=f"{script}: median and each seed")
     ax.axhline(0, color="grey", linewidth=1, linestyle=":", label="chance")
     ax.set_xscale("log", base=2)
     ax.set(xlabel="memory length", ylabel="mean return", title="bsuite memory length")
