@@ -1,12 +1,15 @@
 """What keeps several single-file scripts honest: no drift between copies, no dependency declared twice differently."""
 
 import ast
+import csv
 import re
 import tomllib
 from itertools import combinations
 from pathlib import Path
 
 import pytest
+
+from s5_ppo_meta import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
@@ -84,3 +87,15 @@ def test_the_readme_sets_up_and_tests_in_two_commands():
     install, test = block.splitlines()
     assert install.startswith("pip install")
     assert test.startswith("pytest")
+
+
+def test_measured_reference_scores_are_those_of_the_table():
+    with (ROOT / "benchmarks" / "reference_scores.csv").open(newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert rows
+    for row in rows:
+        task = TASKS[row["task"]]
+        assert task.zero == pytest.approx(max(float(row["random"]), float(row["idle"])), rel=0.01)
+        assert task.spread == pytest.approx(float(row["spread"]), rel=0.01)
+        if row["specialist"]:
+            assert task.one == pytest.approx(float(row["specialist"]), rel=0.01)
