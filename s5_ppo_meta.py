@@ -32,9 +32,10 @@ network with its memory wiped, on new matrices and on tasks that were never trai
 What to expect, of `--num-envs 128 --seed 4`, one run on one core of a cloud machine's CPU, 2026-11-23: 12,000 to 15,000
 steps per second when the core had nothing else to do; a plateau at a return of 0.32 from 3 to 6 million steps, then a
 rise to 0.62 by 16.9 million, where it was stopped. On fresh matrices, 64 trials of 32 episodes, returns (at most 1) are
-0.56, 0.53, 0.61 and 0.56 in episodes 0, 1, 15 and 31, to about 0.07; with the memory wiped every episode 0.56, 0.37, 0.39
-and 0.41, wiped every step 0.05. The paper's figure has 0.27, 0.37, 0.45 and 0.41. A specialist reaches 1.0 in 1.5 million
-steps. benchmarks/META_LOG.md tells what was tried; the classic and locomotion suites run, but no result is in yet.
+0.56, 0.53, 0.61 and 0.56 in episodes 0, 1, 15 and 31, to about 0.07; with the memory wiped every episode 0.56, 0.37,
+0.39 and 0.41, wiped every step 0.05. The paper's figure has 0.27, 0.37, 0.45 and 0.41. A specialist reaches 1.0 in 1.5
+million steps. benchmarks/META_LOG.md tells what was tried; the classic and locomotion suites run, but no result is in
+yet.
 
 Where this departs from the paper, and why:
 - PPO, not Muesli. A head predicts what comes of an action, as Muesli's model does: PPO alone gives the memory little to
@@ -252,7 +253,7 @@ class Args:
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.eval_trial_length is None:
-            self.eval_trial_length = 2 * (self.trial_length or self.trial_episodes)
+            self.eval_trial_length = 2 * (self.trial_length or self.trial_episodes or 1)
 
     @property
     def batch_size(self) -> int:
@@ -1182,7 +1183,7 @@ def setup() -> tuple[Args, Environment, Environment]:
         if run_dir:
             flag = "--resume" if args.resume else "--eval-only"
             own = ("resume",) if args.resume else ("eval_only", "eval_trials", "eval_trial_length", "render")
-            given = {name: getattr(args, name) for name in own}
+            given = {name: getattr(args, name) for name in own if getattr(args, name) != getattr(Args(), name)}
             if dataclasses.replace(args, **{name: getattr(Args(), name) for name in own}) != Args():
                 raise ValueError(f"{flag} takes the run's own flags: drop all but {', '.join(own)}")
             config = run_dir / "config.json"

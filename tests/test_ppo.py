@@ -253,7 +253,7 @@ for new in jax.tree.leaves(after.params):
     np.testing.assert_array_equal(one, other)
 assert any((old != new).any() for old, new in zip(*map(jax.tree.leaves, (before.params, after.params))))
 one, other = (np.asarray(shard.data) for shard in after.obs.addressable_shards)
-assert one.shape == other.shape == (4, 6)
+assert one.shape == other.shape == (4, 7)
 assert metrics["charts/episodes"] == 16, metrics
 assert len(jax.devices()) == 2
 print("same")
