@@ -34,8 +34,8 @@ steps per second when the core had nothing else to do; a plateau at a return of 
 rise to 0.62 by 16.9 million, where it was stopped. On fresh matrices, 64 trials of 32 episodes, returns (at most 1) are
 0.56, 0.53, 0.61 and 0.56 in episodes 0, 1, 15 and 31, to about 0.07; with the memory wiped every episode 0.56, 0.37,
 0.39 and 0.41, wiped every step 0.05. The paper's figure has 0.27, 0.37, 0.45 and 0.41. A specialist reaches 1.0 in 1.5
-million steps. benchmarks/META_LOG.md tells what was tried; the classic and locomotion suites run, but no result is in
-yet.
+million steps. benchmarks/META_LOG.md tells what was tried; the classic suite runs, but has no result yet, and the
+locomotion suite has not been run at all.
 
 Where this departs from the paper, and why:
 - PPO, not Muesli. A head predicts what comes of an action, as Muesli's model does: PPO alone gives the memory little to
