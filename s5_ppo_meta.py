@@ -997,10 +997,17 @@ def adaptation(rewards, dones, env, args):
             if memory != MEMORIES[0] and len(half) == len(halves[0]):
                 samples += [("kept minus this", 0, halves[0] - half)]
             for against, x, sample in samples:
+                if not len(sample):  # no episode began in the second half
+                    continue
                 width = 1.96 * sample.std(ddof=1) / np.sqrt(len(sample)) if len(sample) > 1 else np.nan
                 row = {"task": name, "memory": memory, "against": against, "x": x, "mean": sample.mean()}
                 rows.append(row | {"interval": width, "trials": len(sample)})
     return rows
+
+
+def without_nan(row):
+    """A row of a table, whose cells are empty where there is no number: one sample has no interval."""
+    return {name: "" if x != x else x for name, x in row.items()}
 
 
 def report(run_dir, rows, env, args, console):
@@ -1013,7 +1020,7 @@ def report(run_dir, rows, env, args, console):
     with (run_dir / "adaptation.csv").open("w", newline="") as f:
         table = csv.DictWriter(f, rows[0], lineterminator="\n")
         table.writeheader()
-        table.writerows(rows)
+        table.writerows(map(without_nan, rows))
 
     def pick(*wanted):
         return [r for r in rows if (r["task"], r["memory"], r["against"]) == wanted]
@@ -1046,7 +1053,7 @@ def report(run_dir, rows, env, args, console):
             pick(name, MEMORIES[2], "kept minus this")
         ]
         title = name + (" (held out)" if name in args.held_out_tasks else "")
-        table.add_row(title, *(f"{c[0]['mean']:.2f} ± {c[0]['interval']:.2f}" if c else "–" for c in cells))
+        table.add_row(title, *(f"{c[0]['mean']:.2f} ± {c[0]['interval']:.2f}".replace("nan", "–") if c else "–" for c in cells))
     console.print(table)
 
 
@@ -1183,7 +1190,8 @@ def setup() -> tuple[Args, Environment, Environment]:
         if run_dir:
             flag = "--resume" if args.resume else "--eval-only"
             own = ("resume",) if args.resume else ("eval_only", "eval_trials", "eval_trial_length", "render")
-            given = {name: getattr(args, name) for name in own if getattr(args, name) != getattr(Args(), name)}
+            words = {word.split("=")[0].replace("_", "-") for word in sys.argv}
+            given = {name: getattr(args, name) for name in own if "--" + name.replace("_", "-") in words}
             if dataclasses.replace(args, **{name: getattr(Args(), name) for name in own}) != Args():
                 raise ValueError(f"{flag} takes the run's own flags: drop all but {', '.join(own)}")
             config = run_dir / "config.json"
@@ -1254,7 +1262,8 @@ def main():
             table = csv.DictWriter(f, {"update": update} | rows[0], lineterminator="\n")
             if f.tell() == 0:
                 table.writeheader()
-            table.writerows({"update": update} | row for row in rows if row["against"] == "second half")
+            halves = (row for row in rows if row["against"] == "second half")
+            table.writerows({"update": update} | without_nan(row) for row in halves)
 
     if args.eval_only:
         evaluation(state, update)

@@ -80,6 +80,7 @@ def rollouts():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(env, "step", step)
         patch.setattr(meta, "ppo_loss", loss)
+        train = train.lower(state).compile()
         for _ in range(3):
             before, (state, metrics) = state, train(state)
             jax.effects_barrier()
@@ -190,7 +191,8 @@ def test_memory_goes_on_into_the_next_trial_if_asked():
     flags = TINY | {"train_tasks": ("short-pendulum",), "num_layers": 0, "num_minibatches": 1, "update_epochs": 1}
     args = Args(**flags | {"num_steps": 1}, reset_memory=False)
     init, train = make_train(args, Environment(args.train_tasks, args))
-    state, train = jax.jit(init)(jax.random.key(0)), jax.jit(train)
+    state = jax.jit(init)(jax.random.key(0))
+    train = jax.jit(train).lower(state).compile()
     assert state.reset.all()
     told = []
     for _ in range(TRIAL):
@@ -399,7 +401,8 @@ def test_what_an_action_does_is_found_out_within_a_trial_and_kept_in_memory(monk
     ppo = {"num_envs": 32, "num_steps": 64, "learning_rate": 2e-3, "anneal_lr": True, "ent_coef": 0.005}
     args = Args(**task, **sizes, **ppo, trial_episodes=3, eval_trial_length=3, log_interval=98, total_timesteps=600_000)
     init, train = make_train(args, Environment(args.train_tasks, args))
-    state, train = jax.jit(init)(jax.random.key(0)), jax.jit(train)
+    state = jax.jit(init)(jax.random.key(0))
+    train = jax.jit(train).lower(state).compile()
     for _ in range(args.num_updates // args.updates_per_call):
         state, _ = train(state)
 

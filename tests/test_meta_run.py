@@ -131,9 +131,9 @@ def test_a_run_is_evaluated_again_on_longer_trials_and_changes_in_nothing_else(t
 
 @pytest.mark.slow
 def test_seeds_side_by_side_and_dashes_for_what_was_not_measured(tmp_path):
-    """No episode ends within the two steps of training, and none begins in the second half of the short trials."""
+    """Few episodes end within the two steps of training, and none of mountain-car begins late in a short trial."""
     flags = (
-        f"{TINY} --trial-length 4 --trial-episodes 0 --num-steps 2 --log-interval 1 --total-timesteps 8 --num-seeds 2"
+        f"{TINY} --trial-length 40 --trial-episodes 0 --num-steps 2 --log-interval 1 --total-timesteps 8 --num-seeds 2"
     )
     code, out, err = run(tmp_path, flags)
     assert code == 0, err
@@ -158,7 +158,8 @@ from s5_ppo_meta import Args, Environment, make_train
 flags = json.loads(sys.argv[1])
 args = Args(**flags | {"train_tasks": tuple(flags["train_tasks"])})
 init, train = make_train(args, Environment(args.train_tasks, args))
-state, train = jax.jit(init)(jax.random.key(0)), jax.jit(train)
+state = jax.jit(init)(jax.random.key(0))
+train = jax.jit(train).lower(state).compile()
 states, metrics = [state], []
 for _ in range(2):
     state, m = train(state)
@@ -276,7 +277,10 @@ def test_an_evaluation_alone_keeps_what_the_run_had_unless_told_otherwise(monkey
     stored = Args(train_tasks=("pendulum",), trial_length=70, trial_episodes=0, eval_trials=5, d_model=24, num_envs=8)
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "config.json").write_text(json.dumps({"args": dataclasses.asdict(stored)}))
-    for flags, trials, length in (("", 5, 140), ("--eval-trials 7", 7, 140), ("--eval-trial-length 90", 5, 90)):
+    given = (("", 5, 140), ("--eval-trials 7", 7, 140), ("--eval-trial-length 90", 5, 90))
+    defaults = Args().eval_trials, Args().eval_trial_length  # given, they count as any other value does
+    given += ((f"--eval-trials {defaults[0]} --eval-trial-length {defaults[1]}", *defaults),)
+    for flags, trials, length in given:
         monkeypatch.setattr(sys, "argv", ["s5_ppo_meta.py", "--eval-only", str(tmp_path), *flags.split()])
         args, _, _ = setup()
         assert (args.train_tasks, args.trial_length, args.d_model) == (("pendulum",), 70, 24)
