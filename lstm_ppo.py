@@ -90,7 +90,7 @@ class Args:
     checkpoint_interval: int = 60
     """seconds between checkpoints; the last update is always saved"""
     resume: Path | None = None
-    """run directory to continue; the run keeps its own flags, so this one stands alone"""
+    """run directory to continue, with its own flags; only --total-timesteps may be given anew, to go on for longer"""
     track: bool = False
     """send the metrics to Weights & Biases as well"""
     wandb_project_name: str = "s5-in-context-rl"
@@ -618,8 +618,8 @@ class MetricsLog:
 
         self.path, self.args = run_dir / "metrics.csv", args
         if self.path.exists():  # a resumed run: forget what was logged after its checkpoint
-            rows = last_update // args.updates_per_call * args.num_seeds
-            self.path.write_text("".join(self.path.read_text().splitlines(keepends=True)[: 1 + rows]))
+            head, *rows = self.path.read_text().splitlines(keepends=True)
+            self.path.write_text(head + "".join(row for row in rows if int(row.split(",")[0]) <= last_update))
         first_step = last_update * args.batch_size + 1
         folders = [run_dir / "tensorboard" / f"seed_{args.seed + i}" for i in range(args.num_seeds)]
         self.writers = [SummaryWriter(str(folder), purge_step=first_step) for folder in folders]
@@ -709,20 +709,28 @@ def setup() -> tuple[Args, Environment]:
     args = parse_flags()
     try:
         if args.resume:
-            if args != dataclasses.replace(Args(), resume=args.resume):
-                raise ValueError("--resume continues a run with the flags it was started with: drop the other flags")
+            own = ("resume", "total_timesteps")
+            words = {word.split("=")[0].replace("_", "-") for word in sys.argv}
+            given = {name: getattr(args, name) for name in own if "--" + name.replace("_", "-") in words}
+            if dataclasses.replace(args, **{name: getattr(Args(), name) for name in own}) != Args():
+                raise ValueError("--resume keeps the run's own flags: drop all others but --total-timesteps")
             config = args.resume / "config.json"
             if not config.is_file() or not (args.resume / "checkpoint").is_dir():
                 raise ValueError(
                     f"--resume {args.resume} holds no config.json and checkpoint/: name a run directory under runs/"
                 )
-            args = Args(**json.loads(config.read_text())["args"] | {"resume": args.resume})
+            stored = json.loads(config.read_text())
+            args = Args(**stored["args"] | given)
         args.check()
         if args.track and not importlib.util.find_spec("wandb"):
             raise ValueError("--track needs Weights & Biases, which is not installed: pip install wandb")
         if args.num_devices > len(jax.devices()):
             raise ValueError(f"--num-devices {args.num_devices} is more than there are: use {len(jax.devices())}")
-        return args, Environment(args)
+        env = Environment(args)
+        if args.resume:  # --total-timesteps may be new
+            stored["args"] = dataclasses.asdict(args) | {"resume": None}
+            config.write_text(json.dumps(stored, indent=2) + "\n")
+        return args, env
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -152,7 +152,7 @@ class Args:
     checkpoint_interval: int = 60
     """seconds between checkpoints; the last update is always saved"""
     resume: Path | None = None
-    """run directory to continue; the run keeps its own flags, so this one stands alone"""
+    """run directory to continue, with its own flags; only --total-timesteps may be given anew, to go on for longer"""
     track: bool = False
     """send the metrics to Weights & Biases as well"""
     wandb_project_name: str = "s5-in-context-rl"
@@ -1053,7 +1053,8 @@ def report(run_dir, rows, env, args, console):
             pick(name, MEMORIES[2], "kept minus this")
         ]
         title = name + (" (held out)" if name in args.held_out_tasks else "")
-        table.add_row(title, *(f"{c[0]['mean']:.2f} ± {c[0]['interval']:.2f}".replace("nan", "–") if c else "–" for c in cells))
+        cells = [f"{c[0]['mean']:.2f} ± {c[0]['interval']:.2f}" if c else "–" for c in cells]
+        table.add_row(title, *(cell.replace("nan", "–") for cell in cells))
     console.print(table)
 
 
@@ -1096,8 +1097,8 @@ class MetricsLog:
 
         self.path, self.args = run_dir / "metrics.csv", args
         if self.path.exists():  # a resumed run: forget what was logged after its checkpoint
-            rows = last_update // args.updates_per_call * args.num_seeds
-            self.path.write_text("".join(self.path.read_text().splitlines(keepends=True)[: 1 + rows]))
+            head, *rows = self.path.read_text().splitlines(keepends=True)
+            self.path.write_text(head + "".join(row for row in rows if int(row.split(",")[0]) <= last_update))
         first_step = last_update * args.batch_size + 1
         folders = [run_dir / "tensorboard" / f"seed_{args.seed + i}" for i in range(args.num_seeds)]
         self.writers = [SummaryWriter(str(folder), purge_step=first_step) for folder in folders]
@@ -1188,17 +1189,19 @@ def setup() -> tuple[Args, Environment, Environment]:
     try:
         run_dir = args.resume or args.eval_only
         if run_dir:
-            flag = "--resume" if args.resume else "--eval-only"
-            own = ("resume",) if args.resume else ("eval_only", "eval_trials", "eval_trial_length", "render")
+            flag, own = "--resume", ("resume", "total_timesteps")
+            if args.eval_only:
+                flag, own = "--eval-only", ("eval_only", "eval_trials", "eval_trial_length", "render")
             words = {word.split("=")[0].replace("_", "-") for word in sys.argv}
             given = {name: getattr(args, name) for name in own if "--" + name.replace("_", "-") in words}
             if dataclasses.replace(args, **{name: getattr(Args(), name) for name in own}) != Args():
-                raise ValueError(f"{flag} takes the run's own flags: drop all but {', '.join(own)}")
+                raise ValueError(f"{flag} keeps the run's own flags: drop all others but {', '.join(own)}")
             config = run_dir / "config.json"
             if not config.is_file() or not (run_dir / "checkpoint").is_dir():
                 raise ValueError(f"{flag} {run_dir} holds no config.json and checkpoint/: name a directory under runs/")
-            stored = json.loads(config.read_text())["args"] | given
-            args = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in stored.items()})
+            stored = json.loads(config.read_text())
+            args = stored["args"] | given
+            args = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in args.items()})
         args.check()
         if args.num_devices > len(jax.devices()):
             raise ValueError(f"--num-devices {args.num_devices} is more than there are: use {len(jax.devices())}")
@@ -1209,7 +1212,11 @@ def setup() -> tuple[Args, Environment, Environment]:
             if not args.eval_only or getattr(TASKS.get(args.render), "env_id", "-") != args.render.replace("-", "_"):
                 raise ValueError(f"--render {args.render} needs --eval-only, and a brax task: reacher, ant ...")
             tasks, args.eval_trials = (args.render,), 1
-        return args, Environment(args.train_tasks, args), Environment(tasks, args, trials_end=False)
+        env, eval_env = Environment(args.train_tasks, args), Environment(tasks, args, trials_end=False)
+        if args.resume:  # --total-timesteps may be new
+            stored["args"] = dataclasses.asdict(args) | {"resume": None}
+            config.write_text(json.dumps(stored, indent=2) + "\n")
+        return args, env, eval_env
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

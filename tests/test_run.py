@@ -123,6 +123,18 @@ def test_after_a_kill_the_resumed_run_is_the_uninterrupted_one(tmp_path, uninter
     assert results(run_dir(tmp_path)) == results(uninterrupted)
 
 
+def test_resume_with_a_larger_total_goes_on_for_longer(tmp_path):
+    code, _, err = finish(start(tmp_path, f"{TINY} --total-timesteps 64"))
+    assert code == 0, err
+    path = run_dir(tmp_path)
+    first = rows(path)
+    code, _, err = finish(start(tmp_path, f"--resume {path} --total-timesteps 192"))
+    assert code == 0, err
+    assert [int(row["global_step"]) for row in rows(path)] == [64, 128, 192]
+    assert rows(path)[:1] == first
+    assert json.loads((path / "config.json").read_text())["args"]["total_timesteps"] == 192
+
+
 # ---- what it refuses
 BAD = {
     "unknown flag": ("--num-envz 3", "--num-envz"),
