@@ -204,6 +204,7 @@ BAD = {
     "unknown task": ("--train-tasks cartpool", "--train-tasks", "cartpool"),
     "unknown held-out task": ("--held-out-tasks cartpool", "--held-out-tasks", "cartpool"),
     "trained on and held out": ("--train-tasks pendulum --held-out-tasks pendulum", "--train-tasks", "pendulum"),
+    "trained on twice": ("--train-tasks pendulum pendulum", "--train-tasks", "pendulum"),
     "observation too large": ("--projected-obs-size 1", "--projected-obs-size", "cartpole-positions"),
     "action too large": ("--suite classic --projected-action-size 1", "--projected-action-size", "point-robot"),
     "held-out task too large": ("--held-out-tasks gymnax-reacher", "--projected-obs-size", "gymnax-reacher"),
