@@ -24,7 +24,7 @@ PPO, but that an LSTM takes the place of S5: `diff s5_ppo_memory.py lstm_ppo.py`
 of the sequence model, and the sequence model.
 
     python lstm_ppo.py                             # length 128
-    python benchmarks/memory_length.py             # S5, LSTM and Transformer over many lengths
+    python benchmarks/memory_length.py --models LSTM --lengths 512    # other lengths need other flags
     python lstm_ppo.py --env-id CartPole-v1        # any gymnax environment with a flat Box and Discrete actions
     python lstm_ppo.py --resume runs/RUN           # goes on after Ctrl-C or a kill
 
@@ -37,9 +37,10 @@ parallel the machine.
 Where this departs from the paper, and why:
 - PPO on many environments, not A2C on one: it fills the machine, and is what people use.
 - The LSTM stands in the same pre-norm block as S5 and has --hidden-size 28 units, so that the networks have the same
-  width and, within 10 %, the same number of parameters. The whole rollout is one segment of backpropagation.
-- Forget and input gates begin with time scales up to --max-timescale, as those of S5 do, not with biases of zero: a
-  baseline should not fail for want of what S5 is given. --max-timescale 2 brings the usual zeros back.
+  width and, within 10 %, the same number of parameters; the blocks alone have 31 % more. The whole rollout is one
+  segment of backpropagation.
+- Forget and input gates begin with time scales of 2 to --max-timescale steps (S5's: 20 to 2,000), not with biases of
+  zero: a baseline should not fail for want of what S5 is given. --max-timescale 2 brings the usual zeros back.
 - The agent also sees its previous action and reward, both zero at the start of each episode, and a reset flag.
 - The critic's last layer starts near zero: see ActorCritic.
 """
@@ -68,6 +69,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax.flatten_util import ravel_pytree
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -78,9 +80,9 @@ from rich.table import Table
 class Args:
     # ---- run
     seed: int = 0
-    """first seed; K seeds are SEED, SEED + 1, ..., SEED + K - 1"""
+    """first seed; the others follow, SEED + 1 ..."""
     num_seeds: int = 1
-    """K, independent seeds trained side by side"""
+    """number of independent seeds trained side by side"""
     num_devices: int = 1
     """GPUs, or other devices that JAX sees, over which the environments of every seed are split"""
     total_timesteps: int = 500_000
@@ -294,7 +296,7 @@ class Environment:
 
 # ==== Sequence model: LSTM with resets inside the scan ================================================================
 class LSTM(nn.Module):
-    """LSTM (Hochreiter & Schmidhuber 1997) of H units, flax's optimised cell, and a dense layer from H to D.
+    """LSTM (Gers et al. 2000, with forget gates) of H units, flax's optimised cell, and a dense layer from H to D.
 
     Call with state (c, h), each (N, H), u (T, N, D), reset (T, N) bool; returns the last state and y (T, N, D).
     """
@@ -304,16 +306,18 @@ class LSTM(nn.Module):
     @nn.compact
     def __call__(self, state, u, reset):
         (T, N, D), H = u.shape, self.args.hidden_size
+        # Used as a pure function (parent=None): flax modules cannot be called inside jax.lax.scan.
         cell = nn.OptimizedLSTMCell(H, parent=None)
 
         def init_cell(key):
             cell_key, timescale_key = jax.random.split(key)
             params = cell.init(cell_key, state, u[0])["params"]
-            # A forget gate of 1 - 1/s keeps its content for s steps, and an input gate of 1/s fills it as slowly
-            # (Tallec & Ollivier 2018). With biases of zero s is 2, and no gradient comes back from 100 steps later.
+            # A forget gate of 1 - 1/s lets the cell decay to 1/e in about s steps, and an input gate of 1/s fills it as
+            # slowly (Tallec & Ollivier 2018; there s is uniform, here log-uniform). sigmoid(log(s - 1)) is 1 - 1/s.
+            # With biases of zero s is 2, and no gradient comes back from 100 steps later.
             log_s = jax.random.uniform(timescale_key, (H,), minval=np.log(2), maxval=np.log(self.args.max_timescale))
-            params["hf"]["bias"] = jnp.log(jnp.expm1(log_s))
-            params["hi"]["bias"] = -params["hf"]["bias"]
+            bias = jnp.log(jnp.exp(log_s) - 1)
+            params["hf"]["bias"], params["hi"]["bias"] = bias, -bias  # flax keeps gates' biases with recurrent weights
             return params
 
         params = self.param("cell", init_cell)
@@ -332,7 +336,7 @@ class SequenceModel(nn.Module):
     """Pre-norm residual blocks: LayerNorm, LSTM, GELU, gated linear unit.
 
     carry: a tuple of LSTM states, one a block. Call with x (T, N, D), reset (T, N); returns carry and y (T, N, D).
-    T is 1 when acting and num_steps when learning, with the same numbers up to rounding.
+    T is 1 when acting and num_steps when learning; both give the same y up to rounding.
     """
 
     args: Args
@@ -521,7 +525,7 @@ def make_train(args, env):
             carry = jax.tree.map(lambda x: x[env_ids], first_carry)
             minibatch = jax.tree.map(lambda x: x[:, env_ids], (batch, advantage, target))
             grads, losses = jax.grad(ppo_loss, has_aux=True)(params, network, carry, *minibatch, ent_coef, args)
-            flat, unflatten = jax.flatten_util.ravel_pytree(grads)  # one message between devices, not one an array
+            flat, unflatten = ravel_pytree(grads)  # one message between devices, not one an array
             grads = unflatten(jax.lax.pmean(flat, "devices"))
             losses["losses/grad_norm"] = optax.global_norm(grads)
             updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -709,10 +713,10 @@ def setup() -> tuple[Args, Environment]:
     args = parse_flags()
     try:
         if args.resume:
-            own = ("resume", "total_timesteps")
             words = {word.split("=")[0].replace("_", "-") for word in sys.argv}
-            given = {name: getattr(args, name) for name in own if "--" + name.replace("_", "-") in words}
-            if dataclasses.replace(args, **{name: getattr(Args(), name) for name in own}) != Args():
+            flags = {f.name: f.name.replace("_", "-") for f in dataclasses.fields(args)}
+            given = {name: getattr(args, name) for name, flag in flags.items() if words & {"--" + flag, "--no-" + flag}}
+            if not given.keys() <= {"resume", "total_timesteps"}:
                 raise ValueError("--resume keeps the run's own flags: drop all others but --total-timesteps")
             config = args.resume / "config.json"
             if not config.is_file() or not (args.resume / "checkpoint").is_dir():

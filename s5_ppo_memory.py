@@ -67,6 +67,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax.flatten_util import ravel_pytree
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -77,9 +78,9 @@ from rich.table import Table
 class Args:
     # ---- run
     seed: int = 0
-    """first seed; K seeds are SEED, SEED + 1, ..., SEED + K - 1"""
+    """first seed; the others follow, SEED + 1 ..."""
     num_seeds: int = 1
-    """K, independent seeds trained side by side"""
+    """number of independent seeds trained side by side"""
     num_devices: int = 1
     """GPUs, or other devices that JAX sees, over which the environments of every seed are split"""
     total_timesteps: int = 500_000
@@ -334,8 +335,8 @@ def linear_recurrence(a_bar, bu, reset, state, parallel, reverse=False):
 def s5_scan(a_bar, bu, reset, state, parallel):
     """States x (T, N, P) of x_t = a_bar (1 - reset_t) x_{t-1} + bu_t, from x_{-1} = state.
 
-    The paper's resettable operator carries the reset as a third element of the scan; setting a_bar to zero where an
-    episode starts gives the same states with two. `parallel` picks the associative scan, of logarithmic depth, or
+    The paper's resettable operator carries the reset as a third element of the scan; setting a_bar to zero where reset
+    is set gives the same states with two. `parallel` picks the associative scan, of logarithmic depth, or
     the step-by-step one, which does less work and wins where nothing runs in parallel, on a CPU. The gradient is
     the same recurrence run backwards in time, so that of the forward pass only x is kept.
 
@@ -416,7 +417,7 @@ class SequenceModel(nn.Module):
     """Pre-norm residual blocks: LayerNorm, S5, GELU, gated linear unit.
 
     carry: a tuple of S5 states, one a block. Call with x (T, N, D), reset (T, N); returns carry and y (T, N, D).
-    T is 1 when acting and num_steps when learning, with the same numbers up to rounding.
+    T is 1 when acting and num_steps when learning; both give the same y up to rounding.
     """
 
     args: Args
@@ -604,7 +605,7 @@ def make_train(args, env):
             carry = jax.tree.map(lambda x: x[env_ids], first_carry)
             minibatch = jax.tree.map(lambda x: x[:, env_ids], (batch, advantage, target))
             grads, losses = jax.grad(ppo_loss, has_aux=True)(params, network, carry, *minibatch, ent_coef, args)
-            flat, unflatten = jax.flatten_util.ravel_pytree(grads)  # one message between devices, not one an array
+            flat, unflatten = ravel_pytree(grads)  # one message between devices, not one an array
             grads = unflatten(jax.lax.pmean(flat, "devices"))
             losses["losses/grad_norm"] = optax.global_norm(grads)
             updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -792,10 +793,10 @@ def setup() -> tuple[Args, Environment]:
     args = parse_flags()
     try:
         if args.resume:
-            own = ("resume", "total_timesteps")
             words = {word.split("=")[0].replace("_", "-") for word in sys.argv}
-            given = {name: getattr(args, name) for name in own if "--" + name.replace("_", "-") in words}
-            if dataclasses.replace(args, **{name: getattr(Args(), name) for name in own}) != Args():
+            flags = {f.name: f.name.replace("_", "-") for f in dataclasses.fields(args)}
+            given = {name: getattr(args, name) for name, flag in flags.items() if words & {"--" + flag, "--no-" + flag}}
+            if not given.keys() <= {"resume", "total_timesteps"}:
                 raise ValueError("--resume keeps the run's own flags: drop all others but --total-timesteps")
             config = args.resume / "config.json"
             if not config.is_file() or not (args.resume / "checkpoint").is_dir():

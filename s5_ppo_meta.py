@@ -26,7 +26,7 @@ network with its memory wiped, on new matrices and on tasks that were never trai
     python s5_ppo_meta.py                                # the paper's projected CartPole, positions only
     python s5_ppo_meta.py --suite classic                # five tasks of two simulators, four more held out
     python s5_ppo_meta.py --eval-only runs/RUN --eval-trial-length 64    # longer trials than trained on
-    python s5_ppo_meta.py --eval-only runs/RUN --render reacher          # watch the first and last episode
+    python s5_ppo_meta.py --eval-only runs/CLASSIC --render reacher      # watch the first and last episode
     python s5_ppo_meta.py --resume runs/RUN              # goes on after Ctrl-C or a kill
 
 What to expect, of `--num-envs 128 --seed 4`, one run on one core of a cloud machine's CPU, 2026-11-23: 12,000 to 15,000
@@ -38,9 +38,13 @@ million steps. benchmarks/META_LOG.md tells what was tried; the classic suite ru
 locomotion suite has not been run at all.
 
 Where this departs from the paper, and why:
-- PPO, not Muesli. A head predicts what comes of an action, as Muesli's model does: PPO alone gives the memory little to
-  learn a new body from.
-- The largest initial time step of S5 is 2, not 0.1: see META_LOG.md, item 3.
+- PPO, not experiment 4's Muesli, and a head that predicts the change of the observation and the reward: PPO alone gives
+  the memory little to learn a new body from.
+- The largest initial time step of S5 is 2, not 0.1: with that the fastest states average over 20 steps, and velocity is
+  lost. Its input is scaled to unit variance, not by zero-order hold (--zoh).
+- Rollouts are shorter than a trial: what is kept beyond --num-steps is trained only through the stored memory. And
+  advantages stop where an episode terminates, so that nothing pays for exploring for the sake of later episodes.
+- An environment keeps its task, and only the matrices and starts are redrawn; the paper redraws the task as well.
 - The inner episode's end is a flag in the observation and no reset; only a trial's end resets the memory.
 - The agent sees its own unprojected action and the scaled reward: without them it could not identify the action matrix.
 - Tasks are gymnax's and brax's, not DMControl's, which has no JAX version among this project's dependencies.
@@ -70,6 +74,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax.flatten_util import ravel_pytree
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -120,17 +125,29 @@ TASKS = {
     "pusher": Task("pusher", 100, -100.0, -40.0, 20.0),
 }
 SUITES = {
-    "cartpole": Suite(("cartpole-positions",), (), 4, 1, 0, 16),
+    "cartpole": Suite(
+        train_tasks=("cartpole-positions",),
+        held_out_tasks=(),
+        projected_obs_size=4,
+        projected_action_size=1,
+        trial_length=0,
+        trial_episodes=16,
+    ),
     "classic": Suite(
-        ("pendulum", "point-robot", "cartpole", "inverted-pendulum", "reacher"),
-        ("gymnax-reacher", "inverted-double-pendulum", "pendulum-heavy", "mountain-car"),
-        12,
-        2,
-        400,
-        0,
+        train_tasks=("pendulum", "point-robot", "cartpole", "inverted-pendulum", "reacher"),
+        held_out_tasks=("gymnax-reacher", "inverted-double-pendulum", "pendulum-heavy", "mountain-car"),
+        projected_obs_size=12,
+        projected_action_size=2,
+        trial_length=400,
+        trial_episodes=0,
     ),
     "locomotion": Suite(
-        ("ant", "halfcheetah", "hopper", "reacher", "inverted-double-pendulum"), ("walker2d", "pusher"), 32, 8, 1000, 0
+        train_tasks=("ant", "halfcheetah", "hopper", "reacher", "inverted-double-pendulum"),
+        held_out_tasks=("walker2d", "pusher"),
+        projected_obs_size=32,
+        projected_action_size=8,
+        trial_length=1000,
+        trial_episodes=0,
     ),
 }
 
@@ -140,9 +157,9 @@ SUITES = {
 class Args:
     # ---- run
     seed: int = 0
-    """first seed; K seeds are SEED, SEED + 1, ..., SEED + K - 1"""
+    """first seed; the others follow, SEED + 1 ..."""
     num_seeds: int = 1
-    """K, independent seeds trained side by side"""
+    """number of independent seeds trained side by side"""
     num_devices: int = 1
     """GPUs, or other devices that JAX sees, over which the environments of every seed are split"""
     total_timesteps: int = 30_000_000
@@ -174,17 +191,17 @@ class Args:
     projection: bool = True
     """random projections; --no-projection pads with zeros instead, and the task is always seen the same way"""
     trial_length: int | None = None
-    """steps of a trial; 0 counts episodes instead"""
+    """steps of a trial; set either this or --trial-episodes"""
     trial_episodes: int | None = None
-    """episodes of a trial; 0 counts steps instead"""
+    """episodes of a trial; set either this or --trial-length"""
     reset_memory: bool = True
-    """--no-reset-memory carries it on into the next trial (the paper's ablation)"""
+    """--no-reset-memory carries it on into the next trial (the paper's ablation), though the agent is told of that"""
     brax_backend: Literal["spring", "positional", "generalized", "mjx"] = "spring"
     """physics of the brax tasks; spring is the fastest by far, and the reference scores are its"""
 
     # ---- evaluation
     eval_interval: int = 0
-    """updates between evaluations, rounded up to whole log intervals; 0 evaluates at the end only"""
+    """updates between evaluations, each made when the log interval it falls into is over; 0: at the end only"""
     eval_trials: int = 64
     """trials of each task and kind of memory in an evaluation"""
     eval_trial_length: int | None = None
@@ -236,11 +253,11 @@ class Args:
     ent_coef: float = 0.005
     """weight of the entropy bonus"""
     anneal_ent_coef: bool = False
-    """lower that weight linearly to zero over the run: a policy kept random is another policy once it acts greedily"""
+    """lower that weight linearly to zero over the run"""
     vf_coef: float = 0.5
     """weight of the value loss"""
     prediction_coef: float = 1.0
-    """weight of predicting the next observation and reward, as in the paper's agent; 0 leaves that to PPO alone"""
+    """weight of predicting the change of the observation and the reward; 0 switches that off"""
     max_grad_norm: float = 0.5
     """global norm the gradient is clipped to"""
 
@@ -315,18 +332,21 @@ class Timestep(NamedTuple):
     reset: jax.Array  # (N,) bool: obs is the first of a trial, so the memory must not look back past it
     reward: jax.Array  # (N,) scaled
     done: jax.Array  # (N,) bool: the action ended the episode, by a termination, a time limit or the trial's end
-    truncated: jax.Array  # (N,) bool: not by a termination
+    truncated: jax.Array  # (N,) bool: ended, but not by a termination
     final_obs: jax.Array  # (N, O) what the agent would have seen next, had the episode gone on
-    raw_reward: jax.Array  # (N,) as the task gives it
-    discounted_return: jax.Array  # (N,) of raw rewards since the episode began
+    raw_reward: jax.Array  # (N,) times the task's reward_scale, but not yet divided by its spread
+    discounted_return: jax.Array  # (N,) discounted sum of the episode's raw rewards so far, as VecNormalize has it
     episode_return: jax.Array  # (N,) sum of raw rewards of the episode up to this step, undiscounted
     episode_length: jax.Array  # (N,) int32, its steps
 
 
-class Trial(NamedTuple):
-    """What a trial or an episode may start from; a pool of n of them is drawn before every rollout."""
+class Pool(NamedTuple):
+    """n start states for episodes and, independent of them, n pairs of matrices for trials; redrawn every rollout.
 
-    inner: tuple  # state of the task at the start of an episode
+    Drawing where an episode ends would mean to reset all n copies at every step, which takes brax longer than the step.
+    """
+
+    inner: tuple  # state of the task at the start of an episode, n of them
     obs: jax.Array  # (n, o) the task's own observation
     obs_matrix: jax.Array  # (n, o, projected_obs_size)
     action_matrix: jax.Array  # (n, projected_action_size, a)
@@ -338,7 +358,7 @@ class EnvState(NamedTuple):
     inner: tuple
     obs_matrix: jax.Array
     action_matrix: jax.Array
-    pool: Trial
+    pool: Pool
     trial_step: jax.Array  # (n,) int32, steps since the trial began
     episode: jax.Array  # (n,) int32, episodes of the trial that have ended
     episode_length: jax.Array
@@ -358,13 +378,13 @@ def random_orthonormal(key, n, rows, columns):
 class CopiesOf:
     """n copies of one task, from gymnax or brax, behind random projections.
 
-    The task's observation o is squashed to arcsinh(o), linear below 1 and logarithmic above: large velocities of some
-    task then need no statistics of it, and small motions stay linear, as projections can be undone most easily. Then
-    it is embedded by a matrix with orthonormal
-    columns times sqrt(projected size / o's size): distances are kept up to that factor, no information is lost, and an
-    entry has the same variance whatever the size of o, so that neither padding nor scale tells the task. The agent's
-    action goes through a matrix with orthonormal rows and is clipped to [-1, 1], the range of every task's actions
-    here: each of them is reached, by an action no longer than itself.
+    The task's observation o is squashed to arcsinh(o), linear below 1 and logarithmic above: so the large velocities of
+    some task need no statistics, and small motions stay linear, which is the easiest to undo. The agent sees o @
+    obs_matrix, of uniformly random orthonormal rows times sqrt(projected size / o's size): distances are kept up to
+    that factor, no information is lost, and an entry has the same variance whatever the size of o, so that neither
+    padding nor scale tells the task. The task gets clip(action @ action_matrix, -1, 1), the range of every task's
+    actions here. The columns of that matrix are orthonormal: each of the task's actions is reached, by an action of the
+    agent that is no longer.
     """
 
     def __init__(self, name, args):
@@ -415,7 +435,7 @@ class CopiesOf:
         return (obs[jnp.array(self.task.seen)] if self.task.seen else obs).astype(jnp.float32)
 
     # ---- n copies
-    def draw(self, key, n) -> Trial:
+    def draw(self, key, n) -> Pool:
         start_key, obs_key, action_key = jax.random.split(key, 3)
         inner, obs = jax.vmap(self.start)(jax.random.split(start_key, n))
         O, A = self.args.projected_obs_size, self.args.projected_action_size
@@ -425,10 +445,13 @@ class CopiesOf:
         else:
             obs_matrix = jnp.tile(jnp.eye(self.obs_size, O), (n, 1, 1))
             action_matrix = jnp.tile(jnp.eye(A, self.action_size), (n, 1, 1))
-        return Trial(inner, obs, obs_matrix, action_matrix)
+        return Pool(inner, obs, obs_matrix, action_matrix)
 
     def agent_obs(self, obs, obs_matrix, action, reward, new_episode, new_trial):
-        """What the agent sees, (n, O): projection, previous action and reward, zero as a trial starts, two flags."""
+        """(n, O): projected observation, previous action, previous reward, new_episode, new_trial.
+
+        Previous action and reward are zero as a trial starts.
+        """
         projected = jnp.einsum("no,noO->nO", jnp.arcsinh(obs), obs_matrix)
         previous = jnp.where(new_trial[:, None], 0.0, jnp.concatenate([action, reward[:, None]], axis=1))
         return jnp.concatenate([projected, previous, new_episode[:, None], new_trial[:, None]], axis=1)
@@ -462,7 +485,7 @@ class CopiesOf:
         else:
             new_trial = trials_end & (episode >= self.args.trial_episodes)
         done = ended | new_trial
-        final_obs = self.agent_obs(obs, state.obs_matrix, action, reward, jnp.zeros(n), new_trial & False)
+        final_obs = self.agent_obs(obs, state.obs_matrix, action, reward, jnp.zeros(n), jnp.zeros(n, bool))
 
         def choose(where, new, old):
             return jax.tree.map(lambda x, y: jnp.where(where.reshape((n,) + (1,) * (x.ndim - 1)), x, y), new, old)
@@ -570,8 +593,8 @@ def linear_recurrence(a_bar, bu, reset, state, parallel, reverse=False):
 def s5_scan(a_bar, bu, reset, state, parallel):
     """States x (T, N, P) of x_t = a_bar (1 - reset_t) x_{t-1} + bu_t, from x_{-1} = state.
 
-    The paper's resettable operator carries the reset as a third element of the scan; setting a_bar to zero where an
-    episode starts gives the same states with two. `parallel` picks the associative scan, of logarithmic depth, or
+    The paper's resettable operator carries the reset as a third element of the scan; setting a_bar to zero where reset
+    is set gives the same states with two. `parallel` picks the associative scan, of logarithmic depth, or
     the step-by-step one, which does less work and wins where nothing runs in parallel, on a CPU. The gradient is
     the same recurrence run backwards in time, so that of the forward pass only x is kept.
 
@@ -652,7 +675,7 @@ class SequenceModel(nn.Module):
     """Pre-norm residual blocks: LayerNorm, S5, GELU, gated linear unit.
 
     carry: a tuple of S5 states, one a block. Call with x (T, N, D), reset (T, N); returns carry and y (T, N, D).
-    T is 1 when acting and num_steps when learning, with the same numbers up to rounding.
+    T is 1 when acting and num_steps when learning; both give the same y up to rounding.
     """
 
     args: Args
@@ -676,14 +699,15 @@ class SequenceModel(nn.Module):
 class ActorCritic(nn.Module):
     """Encoder, sequence model, and heads for a Gaussian policy, the value, and the outcome of an action.
 
-    Call with carry, obs (T, N, O), reset (T, N), action (T, N, A); returns carry, the policy's mean and log standard
-    deviation (T, N, A) each, value (T, N), and the prediction (T, N, outcome_size) of what the action leads to.
+    Call with carry, obs (T, N, O), reset (T, N), action (T, N, A), or none where the prediction is not asked for;
+    returns carry, the policy's mean and log standard deviation (T, N, A) each, value (T, N), and the prediction (T, N,
+    projected_obs_size + 1) of what the action leads to.
     """
 
     args: Args
 
     @nn.compact
-    def __call__(self, carry, obs, reset, action):
+    def __call__(self, carry, obs, reset, action=None):
         (T, N, O), A = obs.shape, self.args.projected_action_size
 
         def dense(x, size, scale=np.sqrt(2)):
@@ -703,6 +727,7 @@ class ActorCritic(nn.Module):
         mean, log_std = jnp.split(head(x, 2 * A, 0.01), 2, axis=-1)
         log_std = np.log(0.1) + (np.log(2) - np.log(0.1)) * nn.sigmoid(log_std)
         value = head(x, 1, 0.01)[..., 0]
+        action = jnp.zeros((T, N, A)) if action is None else action
         outcome = head(jnp.concatenate([x, action.reshape(T * N, A)], axis=1), self.args.projected_obs_size + 1, 1.0)
         return carry, (mean, log_std), value, outcome
 
@@ -716,7 +741,7 @@ class Transition(NamedTuple):
     action: jax.Array  # (T, N, A), as drawn; the environment clips
     log_prob: jax.Array
     value: jax.Array
-    reward: jax.Array
+    reward: jax.Array  # scaled, plus gamma times the value of the final observation where truncated
     done: jax.Array  # action[t] ended an episode: what the advantage goes by
     outcome: jax.Array  # (T, N, projected_obs_size + 1), change of the observation by action[t], and its reward
     discounted_return: jax.Array  # of raw rewards
@@ -811,8 +836,7 @@ def make_train(args, env):
         env_key = jax.random.fold_in(env_key, jax.lax.axis_index("devices"))
         env_state, first = env.reset(env_key, num_envs)
         carry = SequenceModel(args).initial_carry(num_envs)
-        action = jnp.zeros((1, num_envs, args.projected_action_size))
-        params = network.init(params_key, carry, first.obs[None], first.reset[None], action)
+        params = network.init(params_key, carry, first.obs[None], first.reset[None])
         opt_state, num_updates = optimizer.init(params), jnp.zeros((), jnp.int32)
         return_var = jnp.square(jnp.array([TASKS[name].spread for name in env.names]))  # until there is a rollout
         return TrainState(
@@ -822,16 +846,13 @@ def make_train(args, env):
     def act(state: TrainState, key):
         """One step of the rollout."""
         action_key, env_key = jax.random.split(key)
-        no_action = jnp.zeros((1, num_envs, args.projected_action_size))  # its prediction is not asked for here
-        carry, (mean, log_std), value, _ = network.apply(
-            state.params, state.carry, state.obs[None], state.reset[None], no_action
-        )
+        carry, (mean, log_std), value, _ = network.apply(state.params, state.carry, state.obs[None], state.reset[None])
         action = mean + jnp.exp(log_std) * jax.random.normal(action_key, mean.shape)  # (1, N, A)
         env_state, timestep = env.step(env_key, state.env_state, action[0], jnp.sqrt(state.return_var) + 1e-3)
         # A time limit cuts off what the episode was still worth: add it, judged with the memory of before the reset.
-        # After a termination nothing comes, though the trial goes on: else to fall would cost nothing.
+        # A termination ends the value although the trial goes on: with the restart's value added, falling were free.
         final_obs, no_reset = timestep.final_obs[None], jnp.zeros_like(state.reset)[None]
-        _, _, final_value, _ = network.apply(state.params, carry, final_obs, no_reset, no_action)
+        _, _, final_value, _ = network.apply(state.params, carry, final_obs, no_reset)
         reward = timestep.reward + args.gamma * jnp.where(timestep.truncated, final_value[0], 0.0)
         log_prob, _ = gaussian((mean, log_std), action)
         change = (timestep.final_obs - state.obs)[:, : args.projected_obs_size]
@@ -862,9 +883,7 @@ def make_train(args, env):
         state = state._replace(env_state=env.redraw(pool_key, state.env_state))
         first_carry = state.carry  # as acting left it; each pass over the rollout starts from it again
         state, (batch, episodes) = jax.lax.scan(act, state, jax.random.split(act_key, args.num_steps))
-        _, _, last_value, _ = network.apply(
-            state.params, state.carry, state.obs[None], state.reset[None], batch.action[:1]
-        )
+        _, _, last_value, _ = network.apply(state.params, state.carry, state.obs[None], state.reset[None])
         advantage = gae(batch.reward, batch.value, batch.done, last_value[0], args.gamma, args.gae_lambda)
         target = advantage + batch.value
 
@@ -890,7 +909,7 @@ def make_train(args, env):
             carry = jax.tree.map(lambda x: x[env_ids], first_carry)
             minibatch = jax.tree.map(lambda x: x[:, env_ids], (batch, advantage, target))
             grads, losses = jax.grad(ppo_loss, has_aux=True)(params, network, carry, *minibatch, ent_coef, args)
-            flat, unflatten = jax.flatten_util.ravel_pytree(grads)  # one message between devices, not one an array
+            flat, unflatten = ravel_pytree(grads)  # one message between devices, not one an array
             grads = unflatten(jax.lax.pmean(flat, "devices"))
             losses["losses/grad_norm"] = optax.global_norm(grads)
             updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -935,19 +954,22 @@ def evaluate(params, spread, key, memory, args, env):
     """Raw rewards and episode ends, (S, K E) each, of E = eval_trials trials of each of env's K tasks.
 
     memory: index of MEMORIES. The trials of one key have the same matrices whatever the memory. Actions are sampled, as
-    in training: to explore is part of the policy. Nothing is learned but in the memory.
-    S is eval_trial_length and then as long as an episode may last, so that each begun by then is whole.
+    in training: to explore is part of the policy. Nothing is learned but in the memory. S is long enough for every
+    episode begun within the trial to be whole. Returns also the states of brax, for --render, or None.
     """
     network, num_envs = ActorCritic(args), len(env.names) * args.eval_trials
     reset_key, key = jax.random.split(key)
     longest = max(task.task.episode_length for task in env.tasks)
-    num_steps = args.eval_trial_length * (1 if args.trial_length else longest) + (longest if args.trial_length else 0)
+    num_steps = args.eval_trial_length + longest if args.trial_length else args.eval_trial_length * longest
 
     def step(s: EvalState, key):
         action_key, env_key = jax.random.split(key)
         reset = s.timestep.reset | ((memory == 1) & s.timestep.done) | (memory == 2)
-        no_action = jnp.zeros((1, num_envs, args.projected_action_size))
-        carry, (mean, log_std), _, _ = network.apply(params, s.carry, s.timestep.obs[None], reset[None], no_action)
+        # Where the memory is wiped, the agent sees what it saw in training when its memory was empty: a trial's first
+        # observation, without previous action and reward, which would be a memory too.
+        start_of_trial = s.timestep.obs.at[:, args.projected_obs_size : -2].set(0.0).at[:, -2:].set(1.0)
+        obs = jnp.where(reset[:, None], start_of_trial, s.timestep.obs)
+        carry, (mean, log_std), _, _ = network.apply(params, s.carry, obs[None], reset[None])
         action = mean + jnp.exp(log_std) * jax.random.normal(action_key, mean.shape)
         env_state, timestep = env.step(env_key, s.env_state, action[0], spread)
         frame = s.env_state[0].inner.pipeline_state if args.render else None
@@ -1049,12 +1071,11 @@ def report(run_dir, rows, env, args, console):
     fig.savefig(run_dir / "adaptation.png", dpi=150)
     plt.close(fig)
 
-    table = Table("task", *(f"memory {m}" for m in MEMORIES), "kept - wiped every step")
+    table = Table("task", *(f"memory {m}" for m in MEMORIES), *(f"kept - {m}" for m in MEMORIES[1:]))
     table.title = "score over the second half of a trial: 0 random or idle, 1 specialist; 95 % interval over trials"
     for name in env.names:
-        cells = [pick(name, memory, "second half") for memory in MEMORIES] + [
-            pick(name, MEMORIES[2], "kept minus this")
-        ]
+        cells = [pick(name, memory, "second half") for memory in MEMORIES]
+        cells += [pick(name, memory, "kept minus this") for memory in MEMORIES[1:]]
         title = name + (" (held out)" if name in args.held_out_tasks else "")
         cells = [f"{c[0]['mean']:.2f} ± {c[0]['interval']:.2f}" if c else "–" for c in cells]
         table.add_row(title, *(cell.replace("nan", "–") for cell in cells))
@@ -1196,8 +1217,9 @@ def setup() -> tuple[Args, Environment, Environment]:
             if args.eval_only:
                 flag, own = "--eval-only", ("eval_only", "eval_trials", "eval_trial_length", "render")
             words = {word.split("=")[0].replace("_", "-") for word in sys.argv}
-            given = {name: getattr(args, name) for name in own if "--" + name.replace("_", "-") in words}
-            if dataclasses.replace(args, **{name: getattr(Args(), name) for name in own}) != Args():
+            flags = {f.name: f.name.replace("_", "-") for f in dataclasses.fields(args)}
+            given = {name: getattr(args, name) for name, flag in flags.items() if words & {"--" + flag, "--no-" + flag}}
+            if not given.keys() <= set(own):
                 raise ValueError(f"{flag} keeps the run's own flags: drop all others but {', '.join(own)}")
             config = run_dir / "config.json"
             if not config.is_file() or not (run_dir / "checkpoint").is_dir():
@@ -1214,7 +1236,7 @@ def setup() -> tuple[Args, Environment, Environment]:
         if args.render:
             if not args.eval_only or getattr(TASKS.get(args.render), "env_id", "-") != args.render.replace("-", "_"):
                 raise ValueError(f"--render {args.render} needs --eval-only, and a brax task: reacher, ant ...")
-            tasks, args.eval_trials = (args.render,), 1
+            tasks = (args.render,)
         env, eval_env = Environment(args.train_tasks, args), Environment(tasks, args, trials_end=False)
         if args.resume:  # --total-timesteps may be new
             stored["args"] = dataclasses.asdict(args) | {"resume": None}
@@ -1256,7 +1278,7 @@ def main():
     held_out = [name for name in eval_env.names if name not in args.train_tasks]
 
     def evaluation(state, update):
-        """Runs the trials of an evaluation and writes down what they show."""
+        """Runs the trials of an evaluation and writes down what they show; returns the rows of evaluations.csv."""
         spread = dict(zip(args.train_tasks, jnp.sqrt(state.return_var).T + 1e-3, strict=True))
         spread |= {name: jnp.full(args.num_seeds, TASKS[name].spread) for name in held_out}
         spread = jnp.stack([spread[name] for name in eval_env.names], axis=1)  # (seeds, K)
@@ -1264,16 +1286,17 @@ def main():
         rewards, dones = jax.tree.map(np.asarray, outcome)
         if args.render:
             render(run_dir, jax.tree.map(lambda x: x[0, 0, :, 0], frames), dones[0, 0, :, 0], eval_env, args)
-            return
+            return None
         rows = adaptation(rewards, dones, eval_env, args)
         report(run_dir, rows, eval_env, args, console)
-        path = run_dir / "evaluations.csv"
-        with path.open("a", newline="") as f:
-            table = csv.DictWriter(f, {"update": update} | rows[0], lineterminator="\n")
+        when = {"update": update, "eval_trial_length": args.eval_trial_length}
+        rows = [when | without_nan(row) for row in rows if row["against"] in ("second half", "kept minus this")]
+        with (run_dir / "evaluations.csv").open("a", newline="") as f:
+            table = csv.DictWriter(f, rows[0], lineterminator="\n")
             if f.tell() == 0:
                 table.writeheader()
-            halves = (row for row in rows if row["against"] == "second half")
-            table.writerows({"update": update} | without_nan(row) for row in halves)
+            table.writerows(rows)
+        return rows
 
     if args.eval_only:
         evaluation(state, update)
@@ -1308,7 +1331,8 @@ def main():
             score = metrics["charts/score"].mean()
             score = "–" if np.isnan(score) else f"{score:.2f}"
             progress.update(bar, completed=update, description=f"score {score}  {steps_per_second:,.0f} steps/s")
-            if args.eval_interval and update % args.eval_interval < args.updates_per_call < args.num_updates - update:
+            due = args.eval_interval and update % args.eval_interval < args.updates_per_call
+            if due and update < args.num_updates:
                 evaluation(state, update)
             if time.time() - last_save > args.checkpoint_interval and update < args.num_updates:
                 checkpoints.save(update, args=ocp.args.StandardSave(state))
@@ -1325,7 +1349,7 @@ def main():
     if update < args.num_updates:
         console.print(f"stopped after update {update}; continue with: python {sys.argv[0]} --resume {run_dir}")
         raise SystemExit(128 + signals[0])
-    evaluation(state, update)
+    results = evaluation(state, update)
     steps = (update - first_update) * args.batch_size * args.num_seeds
     timing = {
         "total_seconds": time.time() - start_time,
@@ -1334,7 +1358,7 @@ def main():
         "host_share": 1 - device_seconds / loop_seconds if steps else 0.0,
     }
     console.print("  ".join(f"{name} {value:,.3g}" for name, value in timing.items()))
-    (run_dir / "eval.json").write_text(json.dumps(timing, indent=2) + "\n")
+    (run_dir / "eval.json").write_text(json.dumps(timing | {"results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,27 +20,28 @@
 
 The agent sees a cue, +1 or -1, at the start of an episode, then only a countdown for --memory-length steps, and must
 answer with the cue at its end. All is as in s5_ppo_memory.py, the width, the encoder, the heads and the PPO, but that
-attention to the last --context-length steps takes the place of S5: `diff s5_ppo_memory.py transformer_ppo.py` shows
-this text, the flags and checks of the sequence model, and the sequence model.
+Transformer blocks, which attend to the last --context-length steps, take the place of S5's: `diff s5_ppo_memory.py
+transformer_ppo.py` shows this text, the flags and checks of the sequence model, and the sequence model.
 
     python transformer_ppo.py                          # length 128
-    python transformer_ppo.py --memory-length 512 --context-length 514 --num-steps 1024
-    python benchmarks/memory_length.py                 # S5, LSTM and Transformer over many lengths
+    python benchmarks/memory_length.py --models Transformer --lengths 512    # other lengths need other flags
     python transformer_ppo.py --env-id CartPole-v1     # any gymnax environment with a flat Box and Discrete actions
     python transformer_ppo.py --resume runs/RUN        # goes on after Ctrl-C or a kill
 
 What to expect, on one core of a cloud machine's CPU on 2026-11-23, seed 0, the only one run: the defaults take 141
 seconds from process start, 22 of them for compiling, at 6,200 steps per second, and answer 128 of 128 questions right;
-memories of other lengths it gets right by chance. An acting step reads --context-length keys in every block, where S5
-and the LSTM read one state, and an update grows as --num-steps times --context-length. A step that left the window is
-gone, but for what later steps of the block below took from it.
+at memories of other lengths it is at chance. An acting step reads --context-length keys in every block, where S5 and
+the LSTM read one state, and the time of an update grows as --num-steps times --context-length. A step further back is
+out of sight, except through a step in between, if training finds such a relay.
 
 Where this departs from the paper, and why:
 - PPO on many environments, not A2C on one: it fills the machine, and is what people use.
-- The paper compares its run time with a Transformer's; this one is trained. A step sees keys of its own episode alone.
-  The learner gives it those that it saw when acting, the previous rollout's too, through which no gradient flows.
+- Attention is over a window, and to steps of the same episode only. Within a rollout the learner computes keys and
+  values anew; those of earlier steps it takes from the cache that acting left, as constants, made by older parameters
+  (as Transformer-XL does, Dai et al. 2019).
 - --num-heads 2 of --key-size 16 and --mlp-size 48 give the network as many parameters as the S5 one, within 10 %, at
-  the same width and number of blocks. For a width of 64 that is less than usual.
+  the same width and number of blocks; the blocks alone have 18 % more. Usual for a width of 64 would be heads of 64 in
+  all, not 32, and 256 hidden units.
 - The agent also sees its previous action and reward, both zero at the start of each episode, and a reset flag.
 - The critic's last layer starts near zero: see ActorCritic.
 """
@@ -69,6 +70,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax.flatten_util import ravel_pytree
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -79,9 +81,9 @@ from rich.table import Table
 class Args:
     # ---- run
     seed: int = 0
-    """first seed; K seeds are SEED, SEED + 1, ..., SEED + K - 1"""
+    """first seed; the others follow, SEED + 1 ..."""
     num_seeds: int = 1
-    """K, independent seeds trained side by side"""
+    """number of independent seeds trained side by side"""
     num_devices: int = 1
     """GPUs, or other devices that JAX sees, over which the environments of every seed are split"""
     total_timesteps: int = 500_000
@@ -117,13 +119,13 @@ class Args:
     d_model: int = 64
     """D, width of the blocks"""
     context_length: int = 256
-    """W, steps that a block's attention covers, the present one included; should exceed what is to be remembered"""
+    """W, steps that a block's attention covers, this one included; more than --memory-length covers an episode"""
     num_heads: int = 2
     """H, attention heads of a block"""
     key_size: int = 16
-    """K, size of a head's queries, keys and values"""
+    """size of a head's queries, keys and values"""
     mlp_size: int = 48
-    """hidden units of a block's dense layers; with 48 the network has as many parameters as the S5 one, within 10 %"""
+    """hidden units between a block's dense layers; 48 gives as many parameters as the S5 network has, within 10 %"""
 
     # ---- actor and critic
     encoder_size: int = 128
@@ -173,17 +175,10 @@ class Args:
         return -(-self.total_timesteps // (self.batch_size * self.updates_per_call)) * self.updates_per_call
 
     @property
-    def attention_bytes(self) -> int:
-        """What attention needs on one device: all keys and values, and the scores of a minibatch's block of queries.
-
-        Keys and values exist twice, as the rollout began and as they are now; six arrays of scores exist at once in the
-        backward pass, as compiled for a CPU.
-        """
-        envs, W = self.num_seeds * self.num_envs // self.num_devices, self.context_length
-        block = min(self.num_steps, QUERY_BLOCK)
-        cached = 2 * 2 * self.num_layers * envs * W * self.num_heads * self.key_size
-        scores = 6 * envs // self.num_minibatches * self.num_heads * block * (W + block)
-        return 4 * (cached + scores)
+    def cache_bytes(self) -> int:
+        """Keys and values on one device: as a rollout began and as they are now, or those of the evaluation."""
+        envs = self.num_seeds * max(2 * self.num_envs // self.num_devices, self.eval_episodes)
+        return 4 * 2 * self.num_layers * envs * self.context_length * self.num_heads * self.key_size
 
     def check(self) -> None:
         """Raises ValueError, in one line, for values that cannot work."""
@@ -198,11 +193,11 @@ class Args:
                 raise ValueError(f"{flag} {value} is too large: use 1 or less")
         if self.key_size % 2:
             raise ValueError(f"--key-size {self.key_size} is odd, and positions turn pairs: use {self.key_size + 1}")
-        if self.attention_bytes > 64e9:  # no one accelerator holds more
-            fits = int(0.9 * self.context_length * 64e9 / self.attention_bytes)
+        if self.cache_bytes > 64e9:  # a guard against typing errors, no promise that less will fit
             raise ValueError(
-                f"--context-length {self.context_length} needs {self.attention_bytes / 1e9:,.0f} GB for attention, and "
-                f"64 is the limit: use {fits} or less, or a smaller --num-envs"
+                f"--context-length {self.context_length} needs {self.cache_bytes / 1e9:,.0f} GB for keys and values, "
+                f"and 64 is the limit: use {int(self.context_length * 64e9 / self.cache_bytes)} or less, or a smaller "
+                "--num-envs and --eval-episodes"
             )
         shares = self.num_minibatches * self.num_devices
         if self.num_envs % shares:
@@ -329,10 +324,10 @@ class Cache(NamedTuple):
 
 
 def rotate(x, position):
-    """Rotary embedding (Su et al. 2021): turns the pairs of x (N, T, H, K) by angles proportional to position (N, T).
+    """Rotary embedding (Su et al. 2021) of x (N, T, H, K); position (N, T) is the step of the episode.
 
-    The product of a rotated query and a rotated key depends on how far apart they are, not on where, so that a key is
-    rotated once and kept.
+    Turns each pair (x[..., i], x[..., i + K/2]) by an angle proportional to position. The dot product of a rotated
+    query and a rotated key depends on how far apart they are, not on where, so that a key is rotated once and kept.
     """
     half = x.shape[-1] // 2
     angle = position[..., None, None] * 10_000.0 ** (-jnp.arange(half) / half)  # (N, T, 1, K / 2)
@@ -340,25 +335,26 @@ def rotate(x, position):
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
-def banded_attention(query, keys, values, first):
-    """Attention (N, T, H, K) of queries (N, T, H, K) at times t = 0..T-1 to the keys of times first[:, t] to t.
+def banded_attention(query, keys, values, first_visible):
+    """Attention (N, T, H, K) of queries (N, T, H, K) at times t = 0..T-1 to the keys of times first_visible[:, t] to t.
 
-    keys and values (N, W + T, H, K) are those of times -W to T-1; first (N, T) is above t - W. A block of queries meets
-    only the keys that one of them can see, and its scores are computed again for the gradient, not kept: so time and
-    memory grow as T W, not as T^2, and only the scores of one block exist at once, (N, H, B, W + B).
+    keys and values (N, W + T, H, K) are those of times -W to T-1; first_visible (N, T) is t - W + 1, the window, or
+    later where the episode began later. Queries are taken in blocks of B = QUERY_BLOCK. A block meets only the W + B
+    keys that reach from its first query's window to its last query, and its scores (N, H, B, W + B) are computed again
+    for the gradient, not kept: time grows as T W, not T^2, and memory as T + W and one block's scores.
     """
     (N, T, H, K), W = query.shape, keys.shape[1] - query.shape[1]
     B = min(T, QUERY_BLOCK)
     C = -(-T // B)  # blocks; the last is filled up with queries that nobody reads
     query, keys, values = (jnp.pad(x, ((0, 0), (0, C * B - T), (0, 0), (0, 0))) for x in (query, keys, values))
-    first = jnp.pad(first, ((0, 0), (0, C * B - T)))
+    first_visible = jnp.pad(first_visible, ((0, 0), (0, C * B - T)))
 
     @jax.checkpoint
     def attend(block_start):
-        q, begin = (jax.lax.dynamic_slice_in_dim(x, block_start, B, axis=1) for x in (query, first))
+        q, q_first = (jax.lax.dynamic_slice_in_dim(x, block_start, B, axis=1) for x in (query, first_visible))
         k, v = (jax.lax.dynamic_slice_in_dim(x, block_start, W + B, axis=1) for x in (keys, values))
-        time, key_time = block_start + jnp.arange(B)[:, None], block_start - W + jnp.arange(W + B)
-        mask = (begin[..., None] <= key_time) & (key_time <= time)  # (N, B, W + B); every query sees itself
+        q_time, key_time = block_start + jnp.arange(B)[:, None], block_start - W + jnp.arange(W + B)
+        mask = (q_first[..., None] <= key_time) & (key_time <= q_time)  # (N, B, W + B); every query sees itself
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])  # (N, B, H, K)
 
     y = jax.lax.map(attend, B * jnp.arange(C))  # (C, N, B, H, K)
@@ -376,32 +372,32 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, cache, u, reset):
         (T, N, D), (_, W, H, K) = u.shape, cache.keys.shape
-        cache = jax.lax.stop_gradient(cache)  # gradients reach back to the rollout's first step
-        time = jnp.arange(T)  # from this call's first step; those of cached steps are negative
-        start = jax.lax.cummax(jnp.where(reset.T, time, -cache.steps[:, None]), axis=1)  # (N, T), of the episode
-        position = time - start  # (N, T)
+        cache = jax.lax.stop_gradient(cache)  # constants also for those who differentiate through two calls
+        t = jnp.arange(T)  # 0 is this call's first step; cached steps are at -1, -2, ...
+        # When each step's episode began: at the last reset up to it or, if there was none, where the cached one did.
+        episode_start = jax.lax.cummax(jnp.where(reset.T, t, -cache.steps[:, None]), axis=1)  # (N, T)
+        position = t - episode_start  # (N, T), which step of its episode
         qkv = nn.Dense(3 * H * K)(u.reshape(T * N, D)).reshape(T, N, 3, H, K)
-        query, keys, values = jnp.moveaxis(qkv, (2, 1), (0, 1))  # (N, T, H, K) each
+        query, keys, values = qkv.transpose(2, 1, 0, 3, 4)  # (N, T, H, K) each
         query, keys = rotate(query, position), rotate(keys, position)
 
-        # The ring takes this call's last W steps, of the last episode only: two steps for one slot would have no order.
-        # The others go to slot W, which does not exist.
-        kept = (start == start[:, -1:]) & (time >= T - W)
-        slot = jnp.arange(N)[:, None], jnp.where(kept, position % W, W)
+        # Into the ring goes what the next call may see: of the episode that goes on, the last W steps. No two of them
+        # share a slot, where JAX would leave open which is written. Index W is out of range, and "drop" skips it.
+        kept = (episode_start == episode_start[:, -1:]) & (t >= T - W)
+        env, slot = jnp.arange(N)[:, None], jnp.where(kept, position % W, W)
         next_cache = Cache(
-            cache.keys.at[slot].set(keys, mode="drop"),
-            cache.values.at[slot].set(values, mode="drop"),
+            cache.keys.at[env, slot].set(keys, mode="drop"),
+            cache.values.at[env, slot].set(values, mode="drop"),
             position[:, -1] + 1,
         )
         if T == 1:  # acting: all that this step sees is in the ring, and nothing needs to be moved
-            mask = jnp.arange(W) <= position  # (N, W)
+            mask = jnp.arange(W) <= position  # (N, W); slots not yet filled in this episode are hidden
             y = jax.nn.dot_product_attention(query, next_cache.keys, next_cache.values, mask=mask[:, None, None])
-        else:
-            # The same keys, those of before this call in the order of their times.
-            unroll = jax.vmap(lambda ring, steps: jnp.roll(ring, -steps, axis=0))
-            keys = jnp.concatenate([unroll(cache.keys, cache.steps), keys], axis=1)  # (N, W + T, H, K)
-            values = jnp.concatenate([unroll(cache.values, cache.steps), values], axis=1)
-            y = banded_attention(query, keys, values, jnp.maximum(start, time - W + 1))
+        else:  # learning: the ring cut open at its oldest slot, so that it holds times -W to -1, then this call's steps
+            in_order = jax.vmap(lambda ring, steps: jnp.roll(ring, -steps, axis=0))
+            keys = jnp.concatenate([in_order(cache.keys, cache.steps), keys], axis=1)  # (N, W + T, H, K)
+            values = jnp.concatenate([in_order(cache.values, cache.steps), values], axis=1)
+            y = banded_attention(query, keys, values, jnp.maximum(episode_start, t - W + 1))
         y = nn.Dense(D)(jnp.swapaxes(y, 0, 1).reshape(T * N, H * K))
         return next_cache, y.reshape(T, N, D)
 
@@ -410,7 +406,7 @@ class SequenceModel(nn.Module):
     """Pre-norm residual blocks: LayerNorm and attention, then LayerNorm and two dense layers with GELU between them.
 
     carry: a tuple of Caches, one a block. Call with x (T, N, D), reset (T, N); returns carry and y (T, N, D).
-    T is 1 when acting and num_steps when learning, with the same numbers up to rounding.
+    T is 1 when acting and num_steps when learning; both give the same y up to rounding.
     """
 
     args: Args
@@ -601,7 +597,7 @@ def make_train(args, env):
             carry = jax.tree.map(lambda x: x[env_ids], first_carry)
             minibatch = jax.tree.map(lambda x: x[:, env_ids], (batch, advantage, target))
             grads, losses = jax.grad(ppo_loss, has_aux=True)(params, network, carry, *minibatch, ent_coef, args)
-            flat, unflatten = jax.flatten_util.ravel_pytree(grads)  # one message between devices, not one an array
+            flat, unflatten = ravel_pytree(grads)  # one message between devices, not one an array
             grads = unflatten(jax.lax.pmean(flat, "devices"))
             losses["losses/grad_norm"] = optax.global_norm(grads)
             updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -789,10 +785,10 @@ def setup() -> tuple[Args, Environment]:
     args = parse_flags()
     try:
         if args.resume:
-            own = ("resume", "total_timesteps")
             words = {word.split("=")[0].replace("_", "-") for word in sys.argv}
-            given = {name: getattr(args, name) for name in own if "--" + name.replace("_", "-") in words}
-            if dataclasses.replace(args, **{name: getattr(Args(), name) for name in own}) != Args():
+            flags = {f.name: f.name.replace("_", "-") for f in dataclasses.fields(args)}
+            given = {name: getattr(args, name) for name, flag in flags.items() if words & {"--" + flag, "--no-" + flag}}
+            if not given.keys() <= {"resume", "total_timesteps"}:
                 raise ValueError("--resume keeps the run's own flags: drop all others but --total-timesteps")
             config = args.resume / "config.json"
             if not config.is_file() or not (args.resume / "checkpoint").is_dir():

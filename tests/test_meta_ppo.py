@@ -285,16 +285,17 @@ def test_loss_is_the_clipped_objective_and_the_squared_errors_of_value_and_predi
 EVAL = TINY | {"train_tasks": ("short-pendulum",), "eval_trials": 3, "eval_trial_length": 12}
 
 
-def test_an_evaluation_resets_the_memory_where_its_kind_says_and_no_trial_ends(monkeypatch):
+def test_an_evaluation_shows_a_wiped_memory_the_start_of_a_trial_and_no_trial_ends(monkeypatch):
     seen = []
 
     class Network:
         def __init__(self, args):
             pass
 
-        def apply(self, params, carry, obs, reset, action):
+        def apply(self, params, carry, obs, reset):
             jax.debug.callback(lambda *x: seen.append([np.array(y[0]) for y in x]), obs, reset, ordered=True)
-            return carry, (jnp.zeros_like(action), jnp.zeros_like(action)), jnp.zeros(reset.shape), None
+            action = jnp.full((*reset.shape, A), 0.5)
+            return carry, (action, 0 * action), jnp.zeros(reset.shape), None
 
     monkeypatch.setattr(meta, "ActorCritic", Network)
     args = Args(**EVAL)
@@ -312,29 +313,22 @@ def test_an_evaluation_resets_the_memory_where_its_kind_says_and_no_trial_ends(m
         assert rewards.shape == resets.shape == (steps, 3)
         np.testing.assert_array_equal(dones, ends)
         np.testing.assert_array_equal(resets, np.broadcast_to(expected, (steps, 3)))
-        np.testing.assert_array_equal(obs[..., -1], np.broadcast_to(begun, (steps, 3)))  # never told of a new trial
-        np.testing.assert_array_equal(obs[..., -2], ended)
+        np.testing.assert_array_equal(obs[..., -1], resets)  # told of a new trial where the memory is empty, not else
+        np.testing.assert_array_equal(obs[..., -2], ended | resets)
+        previous = obs[..., O:-2]  # action and reward
+        assert not previous[resets].any() and (previous[~resets] != 0).all()
 
 
-def test_kinds_of_memory_differ_where_there_is_one_and_see_the_same_trials():
-    rewards = {}
-    for num_layers in (0, 1):
-        args = Args(**EVAL | {"num_layers": num_layers, "projection": True})
-        env = Environment(("short-pendulum",), args, trials_end=False)
-
-        network, carry = ActorCritic(args), meta.SequenceModel(args).initial_carry(1)
-        inputs = jnp.zeros((1, 1, env.obs_size)), jnp.ones((1, 1), bool), jnp.zeros((1, 1, A))
-        shapes = jax.eval_shape(network.init, jax.random.key(0), carry, *inputs)
-        params = shaken(jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes))
-
-        @jax.jit
-        def run(params, key, args=args, env=env):
-            over_memories = jax.vmap(partial(evaluate, args=args, env=env), (None, None, None, 0))
-            return over_memories(params, jnp.ones(1), key, jnp.arange(3))[0]
-
-        rewards[num_layers] = np.asarray(run(params, jax.random.key(0)))
-    np.testing.assert_array_equal(rewards[0][1:], rewards[0][:1].repeat(2, 0))
-    kept, by_episode, by_step = rewards[1]
+def test_kinds_of_memory_differ_and_see_the_same_trials():
+    args = Args(**EVAL | {"projection": True})
+    env = Environment(("short-pendulum",), args, trials_end=False)
+    network, carry = ActorCritic(args), meta.SequenceModel(args).initial_carry(1)
+    inputs = jnp.zeros((1, 1, env.obs_size)), jnp.ones((1, 1), bool)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), carry, *inputs)
+    params = shaken(jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes))
+    over_memories = jax.vmap(partial(evaluate, args=args, env=env), (None, None, None, 0))
+    run = jax.jit(lambda key: over_memories(params, jnp.ones(1), key, jnp.arange(3))[0])
+    kept, by_episode, by_step = np.asarray(run(jax.random.key(0)))
     np.testing.assert_array_equal(kept[0], by_step[0])  # the same start, where all have nothing to remember
     np.testing.assert_array_equal(kept[:5], by_episode[:5])  # until the first episode ends
     for one, other in ((kept, by_episode), (kept, by_step), (by_episode, by_step)):

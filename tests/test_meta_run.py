@@ -79,7 +79,9 @@ def test_a_run_leaves_its_flags_numbers_plots_and_parameters(uninterrupted):
     assert CALLS * 64 / 60 < sum(float(row["charts/episodes/cartpole-positions"]) for row in table) < CALLS * 64 / 9
     assert "charts/episodes/mountain-car" not in table[0]
     assert not any("nan" in row.values() for row in table)
-    assert json.loads((path / "eval.json").read_text())["steps_per_second"] > 0
+    evaluation = json.loads((path / "eval.json").read_text())
+    assert evaluation["steps_per_second"] > 0
+    assert {row["task"] for row in evaluation["results"]} == {"cartpole-positions", "mountain-car"}
     assert "cartpole-positions" in out and "mountain-car (held out)" in out
 
 
@@ -95,6 +97,7 @@ def test_evaluations_are_of_all_tasks_and_kinds_of_memory(uninterrupted):
     assert all(float(row["mean"]) < 1 for row in adaptation if row["against"] == "second half")
     table = rows(path, "evaluations.csv")
     assert sorted({int(row["update"]) for row in table}) == [10, 20, 24]
+    assert {row["eval_trial_length"] for row in table} == {"4"}
 
 
 # ---- going on
