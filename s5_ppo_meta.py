@@ -227,7 +227,7 @@ class Args:
 
     # ---- actor and critic
     encoder_size: int = 128
-    """hidden units of the observation encoder"""
+    """hidden units of the observation encoder, each a product of two sums"""
     head_size: int = 64
     """hidden units in each of the two layers of the actor, of the critic and of the prediction"""
 
@@ -450,10 +450,12 @@ class CopiesOf:
     def agent_obs(self, obs, obs_matrix, action, reward, new_episode, new_trial):
         """(n, O): projected observation, previous action, previous reward, new_episode, new_trial.
 
-        Previous action and reward are zero as a trial starts.
+        Previous action and reward are zero as a trial starts. The action is kept within 10, so that a policy that feeds
+        on its own output cannot run away.
         """
         projected = jnp.einsum("no,noO->nO", jnp.arcsinh(obs), obs_matrix)
-        previous = jnp.where(new_trial[:, None], 0.0, jnp.concatenate([action, reward[:, None]], axis=1))
+        previous = jnp.concatenate([jnp.clip(action, -10, 10), reward[:, None]], axis=1)
+        previous = jnp.where(new_trial[:, None], 0.0, previous)
         return jnp.concatenate([projected, previous, new_episode[:, None], new_trial[:, None]], axis=1)
 
     def reset(self, key, n, stagger) -> tuple[EnvState, Timestep]:
@@ -699,27 +701,44 @@ class SequenceModel(nn.Module):
 class ActorCritic(nn.Module):
     """Encoder, sequence model, and heads for a Gaussian policy, the value, and the outcome of an action.
 
-    Call with carry, obs (T, N, O), reset (T, N), action (T, N, A), or none where the prediction is not asked for;
-    returns carry, the policy's mean and log standard deviation (T, N, A) each, value (T, N), and the prediction (T, N,
-    projected_obs_size + 1) of what the action leads to.
+    What an action does shows in the change of the observation, and as a product: change times action. Both are hard to
+    come by: the change is a small difference of two outputs of the encoder, the product unknown to sums and ReLUs. So
+    the encoder is given the change, by a memory of one step, as others put a shift before their state spaces (Fu et al.
+    2023), and its first layer, like that of the heads, is a gated one (Shazeer 2020). META_LOG.md has what that brings.
+
+    carry: the last projected observation (N, o) and the sequence model's carry. Call with carry, obs (T, N, O), reset
+    (T, N), and action (T, N, A), or none where no prediction is asked for; returns carry, the policy's mean and log
+    standard deviation (T, N, A) each, value (T, N), and the prediction (T, N, o + 1) of what the action leads to.
     """
 
     args: Args
 
     @nn.compact
     def __call__(self, carry, obs, reset, action=None):
-        (T, N, O), A = obs.shape, self.args.projected_action_size
+        T, N, _ = obs.shape
+        o, A = self.args.projected_obs_size, self.args.projected_action_size
 
         def dense(x, size, scale=np.sqrt(2)):
             return nn.Dense(size, kernel_init=nn.initializers.orthogonal(scale))(x)
 
-        x = nn.relu(dense(obs.reshape(T * N, O), self.args.encoder_size))
+        def gated(x, size):
+            a, b = jnp.split(dense(x, 2 * size, 1.0), 2, axis=-1)
+            return a * (1 + b)
+
+        last, carry = carry
+        projected = jnp.concatenate([last[None], obs[..., :o]])
+        new_episode = obs[..., -2] > 0.5  # between two episodes there is no change, but a jump
+        forget = reset | new_episode if self.args.num_layers else jnp.ones_like(reset)
+        change = jnp.where(forget[..., None], 0.0, projected[1:] - projected[:-1])  # (T, N, o)
+        size = jnp.sqrt(jnp.square(change).mean(-1, keepdims=True) + 1e-8)  # from 1e-4 to about 1: hence its logarithm
+        x = jnp.concatenate([obs, change / size, jnp.log(size) / 3 + 1], axis=-1)
+        x = gated(x.reshape(T * N, -1), self.args.encoder_size)
         x = nn.relu(dense(x, self.args.d_model)).reshape(T, N, self.args.d_model)
         carry, x = SequenceModel(self.args)(carry, x, reset)
         x = x.reshape(T * N, self.args.d_model)
 
         def head(x, size, scale):
-            hidden = nn.relu(dense(nn.relu(dense(x, self.args.head_size)), self.args.head_size))
+            hidden = nn.relu(dense(gated(x, self.args.head_size), self.args.head_size))
             return dense(hidden, size, scale).reshape(T, N, size)
 
         # How much to explore depends on what the memory holds, so the deviation is an output as well. It stays between
@@ -728,8 +747,12 @@ class ActorCritic(nn.Module):
         log_std = np.log(0.1) + (np.log(2) - np.log(0.1)) * nn.sigmoid(log_std)
         value = head(x, 1, 0.01)[..., 0]
         action = jnp.zeros((T, N, A)) if action is None else action
-        outcome = head(jnp.concatenate([x, action.reshape(T * N, A)], axis=1), self.args.projected_obs_size + 1, 1.0)
-        return carry, (mean, log_std), value, outcome
+        outcome = head(jnp.concatenate([x, action.reshape(T * N, A)], axis=1), o + 1, 1.0)
+        return (projected[-1], carry), (mean, log_std), value, outcome
+
+    def initial_carry(self, num_envs):
+        last = jnp.zeros((num_envs, self.args.projected_obs_size))
+        return last, SequenceModel(self.args, parent=None).initial_carry(num_envs)
 
 
 # ==== PPO =============================================================================================================
@@ -755,7 +778,7 @@ class TrainState(NamedTuple):
     env_state: tuple
     obs: jax.Array  # (N, O)
     reset: jax.Array  # (N,)
-    carry: tuple  # the sequence model's memory before it has seen obs
+    carry: tuple  # the network's memory before it has seen obs
     key: jax.Array
     num_updates: jax.Array  # int32, updates done
     return_mean: jax.Array  # (K,) mean and variance of each task's discounted raw returns in all rollouts so far
@@ -835,7 +858,7 @@ def make_train(args, env):
         key, env_key, params_key = jax.random.split(key, 3)
         env_key = jax.random.fold_in(env_key, jax.lax.axis_index("devices"))
         env_state, first = env.reset(env_key, num_envs)
-        carry = SequenceModel(args).initial_carry(num_envs)
+        carry = network.initial_carry(num_envs)
         params = network.init(params_key, carry, first.obs[None], first.reset[None])
         opt_state, num_updates = optimizer.init(params), jnp.zeros((), jnp.int32)
         return_var = jnp.square(jnp.array([TASKS[name].spread for name in env.names]))  # until there is a rollout
@@ -975,7 +998,7 @@ def evaluate(params, spread, key, memory, args, env):
         frame = s.env_state[0].inner.pipeline_state if args.render else None
         return EvalState(env_state, timestep, carry), (timestep.raw_reward, timestep.done, frame)
 
-    carry = SequenceModel(args).initial_carry(num_envs)
+    carry = network.initial_carry(num_envs)
     start = EvalState(*env.reset(reset_key, num_envs), carry)
     return jax.lax.scan(step, start, jax.random.split(key, num_steps))[1]
 
