@@ -162,7 +162,7 @@ class Args:
     """number of independent seeds trained side by side"""
     num_devices: int = 1
     """GPUs, or other devices that JAX sees, over which the environments of every seed are split"""
-    total_timesteps: int = 30_000_000
+    total_timesteps: int = 20_000_000
     """environment steps of each seed, rounded up to whole log intervals"""
     log_interval: int = 10
     """updates in one jitted call, and in one row of metrics.csv"""

@@ -122,8 +122,9 @@ def test_before_a_gradient_step_the_learner_computes_what_the_actor_did(rollouts
             batch = epoch.batch
             jax.tree.map(np.testing.assert_array_equal, epoch.carry, r.before.carry)
             _, policy, value, _ = apply(r.before.params, epoch.carry, batch.obs, batch.reset, batch.action)
-            np.testing.assert_allclose(np.exp(gaussian(policy, batch.action)[0] - batch.log_prob), 1, atol=1e-5)
-            np.testing.assert_allclose(value, batch.value, atol=1e-5, rtol=1e-5)
+            # Shaken means are large, and what rounding leaves of them is divided by deviations as small as 0.1.
+            np.testing.assert_allclose(np.exp(gaussian(policy, batch.action)[0] - batch.log_prob), 1, atol=5e-4)
+            np.testing.assert_allclose(value, batch.value, atol=1e-4, rtol=1e-4)
             assert batch.reset[1:-1].any(0).all()
         assert r.metrics["losses/clipfrac"] == 0 and abs(r.metrics["losses/approx_kl"]) < 1e-6
     first, second, _ = (r.epochs[0] for r in rollouts)
