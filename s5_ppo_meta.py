@@ -1242,8 +1242,8 @@ def setup() -> tuple[Args, Environment, Environment]:
             words = {word.split("=")[0].replace("_", "-") for word in sys.argv}
             flags = {f.name: f.name.replace("_", "-") for f in dataclasses.fields(args)}
             given = {name: getattr(args, name) for name, flag in flags.items() if words & {"--" + flag, "--no-" + flag}}
-            if not given.keys() <= set(own):
-                raise ValueError(f"{flag} keeps the run's own flags: drop all others but {', '.join(own)}")
+            if foreign := [f"--{flags[name]}" for name in given if name not in own]:
+                raise ValueError(f"{flag} keeps the run's own flags: drop {' '.join(foreign)}")
             config = run_dir / "config.json"
             if not config.is_file() or not (run_dir / "checkpoint").is_dir():
                 raise ValueError(f"{flag} {run_dir} holds no config.json and checkpoint/: name a directory under runs/")

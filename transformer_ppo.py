@@ -788,8 +788,8 @@ def setup() -> tuple[Args, Environment]:
             words = {word.split("=")[0].replace("_", "-") for word in sys.argv}
             flags = {f.name: f.name.replace("_", "-") for f in dataclasses.fields(args)}
             given = {name: getattr(args, name) for name, flag in flags.items() if words & {"--" + flag, "--no-" + flag}}
-            if not given.keys() <= {"resume", "total_timesteps"}:
-                raise ValueError("--resume keeps the run's own flags: drop all others but --total-timesteps")
+            if foreign := [f"--{flags[name]}" for name in given if name not in ("resume", "total_timesteps")]:
+                raise ValueError(f"--resume keeps the run's own flags: drop {' '.join(foreign)}")
             config = args.resume / "config.json"
             if not config.is_file() or not (args.resume / "checkpoint").is_dir():
                 raise ValueError(
