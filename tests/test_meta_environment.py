@@ -399,7 +399,7 @@ def test_held_out_tasks_never_reach_training(monkeypatch):
     monkeypatch.setattr(CopiesOf, "start", lambda self, *x: stepped.append(self.task) or start(self, *x))
     train_tasks, held_out_tasks = ("cartpole", "point-robot"), ("pendulum-heavy", "gymnax-reacher")
     sizes = {"projected_obs_size": 12, "projected_action_size": 2}
-    args = Args(**sizes, **STEPS, train_tasks=train_tasks, held_out_tasks=held_out_tasks, num_layers=0, num_envs=8)
+    args = Args(**sizes, **STEPS, train_tasks=train_tasks, held_out_tasks=held_out_tasks, num_layers=0, num_envs=32)
     init, train = make_train(args, Environment(args.train_tasks, args))
     state, metrics = jax.eval_shape(lambda key: train(init(key)), jax.random.key(0))
     assert {str(task) for task in stepped} == {str(TASKS[name]) for name in train_tasks}
