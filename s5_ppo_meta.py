@@ -450,11 +450,10 @@ class CopiesOf:
     def agent_obs(self, obs, obs_matrix, action, reward, new_episode, new_trial):
         """(n, O): projected observation, previous action, previous reward, new_episode, new_trial.
 
-        Previous action and reward are zero as a trial starts. The action is kept within 10, so that a policy that feeds
-        on its own output cannot run away.
+        Previous action and reward are zero as a trial starts.
         """
         projected = jnp.einsum("no,noO->nO", jnp.arcsinh(obs), obs_matrix)
-        previous = jnp.concatenate([jnp.clip(action, -10, 10), reward[:, None]], axis=1)
+        previous = jnp.concatenate([action, reward[:, None]], axis=1)
         previous = jnp.where(new_trial[:, None], 0.0, previous)
         return jnp.concatenate([projected, previous, new_episode[:, None], new_trial[:, None]], axis=1)
 
@@ -742,8 +741,10 @@ class ActorCritic(nn.Module):
             return dense(hidden, size, scale).reshape(T, N, size)
 
         # How much to explore depends on what the memory holds, so the deviation is an output as well. It stays between
-        # 0.1 and 2, so that neither noise nor certainty runs away, and starts near 0.45.
+        # 0.1 and 2, so that neither noise nor certainty runs away, and starts near 0.45. The mean stays within 3: where
+        # only an action's sign counts nothing else would hold it, and what is seen of it is multiplied.
         mean, log_std = jnp.split(head(x, 2 * A, 0.01), 2, axis=-1)
+        mean = 3 * jnp.tanh(mean / 3)
         log_std = np.log(0.1) + (np.log(2) - np.log(0.1)) * nn.sigmoid(log_std)
         value = head(x, 1, 0.01)[..., 0]
         action = jnp.zeros((T, N, A)) if action is None else action
