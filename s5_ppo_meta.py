@@ -1349,6 +1349,11 @@ def main():
             metrics = jax.tree.map(np.asarray, metrics)  # waits for the device
             call_seconds = time.time() - call_start
             device_seconds += call_seconds
+            if not np.isfinite(metrics["losses/grad_norm"]).all():
+                raise SystemExit(
+                    f"error: the gradient was not finite after update {update}; the checkpoint of update "
+                    f"{checkpoints.latest_step() or 0} is kept: try --resume {run_dir}, or a smaller --learning-rate"
+                )
             update += args.updates_per_call
             steps_per_second = args.updates_per_call * args.batch_size * args.num_seeds / call_seconds
             log.write(update, metrics, steps_per_second)
