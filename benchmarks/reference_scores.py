@@ -80,7 +80,7 @@ def fixed_policy(name, random, episodes):
 
 def specialist(name, steps):
     command = [sys.executable, str(HERE.parent / "s5_ppo_meta.py"), "--total-timesteps", str(steps), "--no-projection"]
-    command += ["--eval-trials", "2", "--eval-trial-length", "1", "--anneal-lr", "--num-layers", "2"]
+    command += ["--eval-trials", "2", "--anneal-lr", "--num-layers", "2"]
     command += ["--num-envs", "160", "--num-minibatches", "4", "--update-epochs", "4"]
     for flag, value in flags(name).items():
         if flag != "projection":
