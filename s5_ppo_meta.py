@@ -33,7 +33,7 @@ What to expect, of the defaults with seeds 0 to 2, on one core of a cloud machin
 23,000 steps per second; a return (at most 1) of 0.43 to 0.47 after 5 million steps, 0.90 to 0.95 after 20. On fresh
 matrices, 64 trials of 32 episodes, it is at least 0.80 in the first episode and 0.88 in the 32nd; with the memory wiped
 every step, 0.05. The paper's figure has 0.27 and 0.41. A specialist reaches 1.0 in 1.5 million steps. The classic suite
-is far from done after 49 million steps, an hour on one core (one seed, README); locomotion is too slow for a CPU. Paper:
+is far from done after 49 million steps, an hour on one core (one seed, README); locomotion is slow on a CPU. Paper:
 2 billion steps, as with --suite classic --total-timesteps 2000000000 --num-envs 4800 --num-layers 10 --d-model 256 (not
 run here). benchmarks/META_LOG.md tells what was tried.
 
