@@ -257,7 +257,7 @@ class Args:
     vf_coef: float = 0.5
     """weight of the value loss"""
     prediction_coef: float = 1.0
-    """weight of predicting the change of the observation and the reward; 0 switches that off"""
+    """weight of predicting the change of observation and reward; 0 switches that off"""
     max_grad_norm: float = 0.5
     """global norm the gradient is clipped to"""
 
@@ -697,17 +697,25 @@ class SequenceModel(nn.Module):
 
 
 # ==== Actor-critic ====================================================================================================
+def outcome_of(obs, args):
+    """The projected observation and the previous reward (..., o + 1): those of the (..., O) that actions change."""
+    o, A = args.projected_obs_size, args.projected_action_size
+    return jnp.concatenate([obs[..., :o], obs[..., o + A : o + A + 1]], axis=-1)
+
+
 class ActorCritic(nn.Module):
     """Encoder, sequence model, and heads for a Gaussian policy, the value, and the outcome of an action.
 
-    What an action does shows in the change of the observation, and as a product: change times action. Both are hard to
-    come by: the change is a small difference of two outputs of the encoder, the product unknown to sums and ReLUs. So
-    the encoder is given the change, by a memory of one step, as others put a shift before their state spaces (Fu et al.
-    2023), and its first layer, like that of the heads, is a gated one (Shazeer 2020). META_LOG.md has what that brings.
+    What an action does shows in the change of observation and reward, and as a product: change times action. Both are
+    hard to come by: the change is a small difference of two outputs of the encoder, the product unknown to sums and
+    ReLUs. So the encoder is given the change, by a memory of one step, as others put a shift before their state spaces
+    (Fu et al. 2023), and its first layer, like that of the heads, is a gated one (Shazeer 2020). META_LOG.md has what
+    that brings.
 
-    carry: the last projected observation (N, o) and the sequence model's carry. Call with carry, obs (T, N, O), reset
-    (T, N), and action (T, N, A), or none where no prediction is asked for; returns carry, the policy's mean and log
-    standard deviation (T, N, A) each, value (T, N), and the prediction (T, N, o + 1) of what the action leads to.
+    carry: the last projected observation and reward (N, o + 1) and the sequence model's carry. Call with carry, obs (T,
+    N, O), reset (T, N), and action (T, N, A), or none where no prediction is asked for; returns carry, the policy's
+    mean and log standard deviation (T, N, A) each, value (T, N), and the prediction (T, N, o + 1) of the change that
+    the action leads to, in units of its usual size.
     """
 
     args: Args
@@ -724,13 +732,16 @@ class ActorCritic(nn.Module):
             a, b = jnp.split(dense(x, 2 * size, 1.0), 2, axis=-1)
             return a * (1 + b)
 
+        def direction_and_size(x):
+            size = jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-8)  # from 1e-4 to about 1: hence its logarithm
+            return x / size, jnp.log(size) / 3 + 1
+
         last, carry = carry
-        projected = jnp.concatenate([last[None], obs[..., :o]])
+        outcome = jnp.concatenate([last[None], outcome_of(obs, self.args)])  # (T + 1, N, o + 1)
         new_episode = obs[..., -2] > 0.5  # between two episodes there is no change, but a jump
         forget = reset | new_episode if self.args.num_layers else jnp.ones_like(reset)
-        change = jnp.where(forget[..., None], 0.0, projected[1:] - projected[:-1])  # (T, N, o)
-        size = jnp.sqrt(jnp.square(change).mean(-1, keepdims=True) + 1e-8)  # from 1e-4 to about 1: hence its logarithm
-        x = jnp.concatenate([obs, change / size, jnp.log(size) / 3 + 1], axis=-1)
+        change = jnp.where(forget[..., None], 0.0, outcome[1:] - outcome[:-1])
+        x = jnp.concatenate([obs, *direction_and_size(change[..., :o]), *direction_and_size(change[..., o:])], axis=-1)
         x = gated(x.reshape(T * N, -1), self.args.encoder_size)
         x = nn.relu(dense(x, self.args.d_model)).reshape(T, N, self.args.d_model)
         carry, x = SequenceModel(self.args)(carry, x, reset)
@@ -748,11 +759,11 @@ class ActorCritic(nn.Module):
         log_std = np.log(0.1) + (np.log(2) - np.log(0.1)) * nn.sigmoid(log_std)
         value = head(x, 1, 0.01)[..., 0]
         action = jnp.zeros((T, N, A)) if action is None else action
-        outcome = head(jnp.concatenate([x, action.reshape(T * N, A)], axis=1), o + 1, 1.0)
-        return (projected[-1], carry), (mean, log_std), value, outcome
+        prediction = head(jnp.concatenate([x, action.reshape(T * N, A)], axis=1), o + 1, 1.0)
+        return (outcome[-1], carry), (mean, log_std), value, prediction
 
     def initial_carry(self, num_envs):
-        last = jnp.zeros((num_envs, self.args.projected_obs_size))
+        last = jnp.zeros((num_envs, self.args.projected_obs_size + 1))
         return last, SequenceModel(self.args, parent=None).initial_carry(num_envs)
 
 
@@ -767,7 +778,7 @@ class Transition(NamedTuple):
     value: jax.Array
     reward: jax.Array  # scaled, plus gamma times the value of the final observation where truncated
     done: jax.Array  # action[t] ended an episode: what the advantage goes by
-    outcome: jax.Array  # (T, N, projected_obs_size + 1), change of the observation by action[t], and its reward
+    change: jax.Array  # (T, N, projected_obs_size + 1) of observation and reward by action[t]
     discounted_return: jax.Array  # of raw rewards
 
 
@@ -817,7 +828,7 @@ def ppo_loss(params, network, carry, batch, advantage, target, ent_coef, args):
     batch: Transition (T, M); carry: the memory, leading axis M, that the rollout began with; advantage, target (T, M).
     Returns the scalar loss and a dict of scalars to log.
     """
-    _, policy, value, outcome = network.apply(params, carry, batch.obs, batch.reset, batch.action)
+    _, policy, value, prediction = network.apply(params, carry, batch.obs, batch.reset, batch.action)
     log_prob, entropy = gaussian(policy, batch.action)
     log_ratio = log_prob - batch.log_prob
     ratio = jnp.exp(log_ratio)
@@ -825,7 +836,7 @@ def ppo_loss(params, network, carry, batch, advantage, target, ent_coef, args):
     clipped = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -jnp.minimum(ratio * advantage, clipped * advantage).mean()
     value_loss = 0.5 * jnp.square(value - target).mean()
-    prediction_loss = jnp.square(outcome - batch.outcome).mean()
+    prediction_loss = jnp.square(prediction - batch.change).mean()
     loss = policy_loss + args.vf_coef * value_loss - ent_coef * entropy.mean() + args.prediction_coef * prediction_loss
     return loss, {
         "losses/policy_loss": policy_loss,
@@ -879,8 +890,7 @@ def make_train(args, env):
         _, _, final_value, _ = network.apply(state.params, carry, final_obs, no_reset)
         reward = timestep.reward + args.gamma * jnp.where(timestep.truncated, final_value[0], 0.0)
         log_prob, _ = gaussian((mean, log_std), action)
-        change = (timestep.final_obs - state.obs)[:, : args.projected_obs_size]
-        outcome = jnp.concatenate([change, timestep.reward[:, None]], axis=1)
+        change = outcome_of(timestep.final_obs, args) - outcome_of(state.obs, args)
         transition = Transition(
             state.obs,
             state.reset,
@@ -889,7 +899,7 @@ def make_train(args, env):
             value[0],
             reward,
             timestep.done,
-            outcome,
+            change,
             timestep.discounted_return,
         )
         done = timestep.done.reshape(K, -1)
@@ -913,10 +923,10 @@ def make_train(args, env):
 
         # Predictions are judged in units of each task's usual change, else those of slow tasks would hardly count, and
         # up to three of them, else a rare jump, which nobody could foresee, would outweigh all steps in between.
-        outcome = batch.outcome.reshape(args.num_steps, K, -1, args.projected_obs_size + 1)
-        usual = jax.lax.pmean(jnp.abs(outcome).mean((0, 2), keepdims=True), "devices")
-        outcome = jnp.clip(outcome / (usual + 1e-4), -3, 3).reshape(batch.outcome.shape)
-        batch = batch._replace(outcome=outcome)
+        change = batch.change.reshape(args.num_steps, K, -1, args.projected_obs_size + 1)
+        usual = jax.lax.pmean(jnp.abs(change).mean((0, 2), keepdims=True), "devices")
+        change = jnp.clip(change / (usual + 1e-4), -3, 3).reshape(batch.change.shape)
+        batch = batch._replace(change=change)
 
         # Welford's update: rewards are divided by the spread of their task's returns in all rollouts so far.
         returns = batch.discounted_return.reshape(args.num_steps, K, -1)

@@ -5,6 +5,7 @@ from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -210,12 +211,51 @@ def test_what_is_to_be_predicted_is_where_the_action_led_not_where_the_next_epis
         going_on = ~now.done
         np.testing.assert_array_equal(now.final_obs[going_on][:, :O], now.obs[going_on][:, :O])
         assert (now.final_obs[now.done][:, :O] != now.obs[now.done][:, :O]).any(-1).all()
-        outcome = np.concatenate([(now.final_obs - batch.obs)[..., :O], now.reward[..., None]], axis=-1)
-        per_task = outcome.reshape(T, 2, N // 2, O + 1)
+        change = np.concatenate([now.final_obs[..., :O], now.reward[..., None]], axis=-1)
+        change -= np.concatenate([batch.obs[..., :O], batch.obs[..., [O + A]]], axis=-1)
+        per_task = change.reshape(T, 2, N // 2, O + 1)
         usual = np.abs(per_task).mean((0, 2), keepdims=True) + 1e-4
         per_task = np.clip(per_task / usual, -3, 3)
         assert (np.abs(per_task) == 3).any()
-        np.testing.assert_allclose(batch.outcome, per_task.reshape(T, N, O + 1), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(batch.change, per_task.reshape(T, N, O + 1), rtol=1e-3, atol=1e-4)
+
+
+# ---- what the network sees
+@pytest.mark.parametrize("num_layers", [0, 1])
+def test_the_encoder_sees_the_change_of_observation_and_reward_within_an_episode_if_there_is_a_memory(num_layers):
+    rng = np.random.default_rng(0)
+    T, M = 6, 3
+    args = Args(**TINY | {"num_layers": num_layers})
+    network = ActorCritic(args)
+    obs = rng.normal(size=(T, M, O + A + 3)).astype(np.float32)
+    obs[2, 0, :O] = obs[1, 0, :O]  # nothing moved
+    obs[..., -2:] = 0
+    reset = np.zeros((T, M), bool)
+    obs[3, 1, -2], reset[4, 2] = 1, True  # an episode's and a trial's first observation
+    last = rng.normal(size=(M, O + 1)).astype(np.float32)
+    carry = (last, network.initial_carry(M)[1])
+    params = network.init(jax.random.key(0), carry, obs, reset)
+    seen = []
+
+    def spy(call, inputs, kwargs, context):
+        if isinstance(context.module, nn.Dense):
+            seen.append(np.asarray(inputs[0]).reshape(T, M, -1))
+        return call(*inputs, **kwargs)
+
+    with nn.intercept_methods(spy):
+        (next_last, _), *_ = network.apply(params, carry, obs, reset)
+    outcome = np.concatenate([last[None], np.concatenate([obs[..., :O], obs[..., [O + A]]], axis=-1)])
+    np.testing.assert_array_equal(next_last, outcome[-1])
+    change = np.diff(outcome, axis=0)
+    change[3, 1] = change[4, 2] = 0
+    if not num_layers:
+        change[:] = 0
+    assert not (change[2, 0, :-1]).any()
+    expected = [obs]
+    for x in (change[..., :-1], change[..., -1:]):
+        size = np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-8)
+        expected += [x / size, np.log(size) / 3 + 1]
+    np.testing.assert_allclose(seen[0], np.concatenate(expected, axis=-1), rtol=1e-4, atol=1e-6)
 
 
 # ---- rewards are scaled by the spread of returns
@@ -258,7 +298,7 @@ def test_loss_is_the_clipped_objective_and_the_squared_errors_of_value_and_predi
     args = Args(clip_coef=0.2, vf_coef=0.7, prediction_coef=2.5)
     mean, log_std, action = rng.normal(size=(3, T, M, A))
     value, target, advantage = rng.normal(size=(3, T, M))
-    prediction, outcome = rng.normal(size=(2, T, M, O + 1))
+    prediction, change = rng.normal(size=(2, T, M, O + 1))
     advantage = 5 + 3 * advantage
     log_prob = stats.norm(mean, np.exp(log_std)).logpdf(action).sum(-1)
     old_log_prob = log_prob - rng.normal(size=(T, M)) * 0.4
@@ -267,7 +307,7 @@ def test_loss_is_the_clipped_objective_and_the_squared_errors_of_value_and_predi
         assert asked is action  # the prediction is of what this action leads to
         return carry, (mean, log_std), value, prediction
 
-    fields = {"action": action, "log_prob": old_log_prob, "outcome": outcome}
+    fields = {"action": action, "log_prob": old_log_prob, "change": change}
     batch = Transition(**{name: fields.get(name) for name in Transition._fields})
     loss, metrics = ppo_loss({}, SimpleNamespace(apply=network), (), batch, jnp.asarray(advantage), target, 0.03, args)
     ratio = np.exp(log_prob - old_log_prob)
@@ -275,7 +315,7 @@ def test_loss_is_the_clipped_objective_and_the_squared_errors_of_value_and_predi
     normal = (advantage - advantage.mean()) / advantage.std()
     policy_loss = -np.where(normal > 0, np.minimum(ratio, 1.2) * normal, np.maximum(ratio, 0.8) * normal).mean()
     entropy = stats.norm(mean, np.exp(log_std)).entropy().sum(-1).mean()
-    value_loss, prediction_loss = np.square(value - target).mean() / 2, np.square(prediction - outcome).mean()
+    value_loss, prediction_loss = np.square(value - target).mean() / 2, np.square(prediction - change).mean()
     total = policy_loss + 0.7 * value_loss - 0.03 * entropy + 2.5 * prediction_loss
     assert float(loss) == pytest.approx(total, rel=1e-4)
     assert float(metrics["losses/prediction_loss"]) == pytest.approx(prediction_loss, rel=1e-4)
