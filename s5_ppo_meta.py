@@ -236,11 +236,11 @@ class Args:
     """N, parallel environments"""
     num_steps: int = 128
     """T, steps of a rollout in each environment; gradients reach back this far and no further"""
-    num_minibatches: int = 16
+    num_minibatches: int = 32
     """minibatches of a pass over the rollout, each of whole environments"""
     update_epochs: int = 2
     """passes over each rollout"""
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     """step size of Adam"""
     anneal_lr: bool = False
     """lower the step size linearly to zero over the run"""
@@ -397,6 +397,8 @@ class CopiesOf:
             self.space = self.env.action_space(self.params)
             self.obs_size = len(self.task.seen) or self.env.observation_space(self.params).shape[0]
             self.action_size = int(np.prod(self.space.shape))  # 1 for Discrete: its sign picks
+            if getattr(self.space, "n", 2) != 2:
+                raise ValueError(f"task {name} has {self.space.n} discrete actions: use one that has two, or continuous")
         else:
             from brax import envs
 

@@ -382,6 +382,12 @@ def test_without_projection_a_task_of_brax_is_the_raw_one_step_by_step():
 
 
 # ---- held-out tasks
+def test_a_task_whose_actions_no_sign_can_pick_is_refused(monkeypatch):
+    monkeypatch.setitem(TASKS, "acrobot", TASKS["cartpole"]._replace(env_id="Acrobot-v1"))
+    with pytest.raises(ValueError, match="acrobot has 3 discrete actions"):
+        CopiesOf("acrobot", Args())
+
+
 def test_the_tables_name_known_tasks_and_hold_some_out():
     for suite in SUITES.values():
         assert set(suite.train_tasks + suite.held_out_tasks) <= set(TASKS)
