@@ -398,7 +398,9 @@ class CopiesOf:
             self.obs_size = len(self.task.seen) or self.env.observation_space(self.params).shape[0]
             self.action_size = int(np.prod(self.space.shape))  # 1 for Discrete: its sign picks
             if getattr(self.space, "n", 2) != 2:
-                raise ValueError(f"task {name} has {self.space.n} discrete actions: use one that has two, or continuous")
+                raise ValueError(
+                    f"task {name} has {self.space.n} discrete actions: use one that has two, or continuous"
+                )
         else:
             from brax import envs
 

@@ -152,6 +152,52 @@ def test_seeds_side_by_side_and_dashes_for_what_was_not_measured(tmp_path):
     assert "nan" not in out and "Warning" not in err
 
 
+@pytest.mark.slow
+def test_a_finished_run_goes_on_for_longer_as_if_it_had_been_asked_to_at_once(tmp_path):
+    short, long = (f"{TINY} --total-timesteps {calls * 2 * 32}" for calls in (2, 4))
+    folders = [tmp_path / name for name in ("at once", "in two parts")]
+    for folder, flags in zip(folders, (long, short), strict=True):
+        folder.mkdir()
+        code, _, err = run(folder, flags)
+        assert code == 0, err
+    at_once, in_two_parts = map(run_dir, folders)
+    assert len(rows(in_two_parts)) == 2
+    code, _, err = run(folders[1], f"--resume runs/{in_two_parts.name} --total-timesteps {4 * 2 * 32}")
+    assert code == 0, err
+    assert results(in_two_parts) == results(at_once)
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    code, _, err = run(tmp_path, f"{TINY} --total-timesteps 640 --log-interval 1 --checkpoint-interval 0")
+    assert code == 0, err
+    path = run_dir(tmp_path)
+    before = rows(path)
+    config = json.loads((path / "config.json").read_text())
+    config["args"]["learning_rate"] = 1e30  # as a run gone astray
+    (path / "config.json").write_text(json.dumps(config))
+    code, _, err = run(tmp_path, f"--resume runs/{path.name} --total-timesteps 6400")
+    assert code == 1 and "error: the gradient was not finite after update" in err and "--resume" in err, err
+    table = rows(path)
+    assert table[: len(before)] == before and not any("nan" in row.values() for row in table)
+    (kept,) = (int(p.name) for p in (path / "checkpoint").iterdir() if p.name.isdigit())
+    assert kept == int(table[-1]["update"])
+
+
+@pytest.mark.slow
+def test_first_and_last_episode_of_a_trial_become_pages(tmp_path):
+    sizes = TINY.split("--num-envs")[1]
+    flags = "--train-tasks inverted-pendulum --held-out-tasks --projected-obs-size 4 --trial-length 400"
+    code, _, err = run(tmp_path, f"{flags} --num-envs {sizes} --total-timesteps 64")
+    assert code == 0, err
+    path = run_dir(tmp_path)
+    code, out, err = run(tmp_path, f"--eval-only runs/{path.name} --eval-trials 1 --render inverted-pendulum")
+    assert code == 0, err
+    first, last = (path / f"inverted-pendulum_{which}_episode.html" for which in ("first", "last"))
+    assert first.name in out and last.name in out
+    assert "<html" in first.read_text() and first.read_text() != last.read_text()
+
+
 # ---- several devices
 SEVERAL_DEVICES = """
 import json, sys
