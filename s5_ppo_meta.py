@@ -258,6 +258,8 @@ class Args:
     """weight of the value loss"""
     prediction_coef: float = 1.0
     """weight of predicting the change of observation and reward; 0 switches that off"""
+    target_kl: float = 0.1
+    """gradient steps are skipped while the policy's KL divergence from that of the rollout is above this"""
     max_grad_norm: float = 0.5
     """global norm the gradient is clipped to"""
 
@@ -950,8 +952,12 @@ def make_train(args, env):
             flat, unflatten = ravel_pytree(grads)  # one message between devices, not one an array
             grads = unflatten(jax.lax.pmean(flat, "devices"))
             losses["losses/grad_norm"] = optax.global_norm(grads)
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), losses
+            updates, stepped = optimizer.update(grads, opt_state, params)
+            # Among several tasks one may run away in a few steps: a policy that has left its rollout waits for the next.
+            near = jax.lax.pmean(losses["losses/approx_kl"], "devices") < args.target_kl
+            losses["losses/skipped"] = 1.0 - near
+            updated = optax.apply_updates(params, updates), stepped
+            return jax.tree.map(partial(jnp.where, near), updated, (params, opt_state)), losses
 
         order = jnp.concatenate([jax.random.permutation(k, num_envs) for k in epoch_keys])
         order = order.reshape(args.update_epochs * args.num_minibatches, -1)  # (gradient steps, M)

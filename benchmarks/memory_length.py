@@ -4,8 +4,10 @@
     python benchmarks/memory_length.py --lengths 512                # one length; the table keeps the others
     python benchmarks/memory_length.py --models LSTM --lengths 512  # another model, the same number of steps
     python benchmarks/memory_length.py --lengths                    # draw the stored table again
+    python benchmarks/memory_length.py --search --models LSTM       # what SETTINGS was chosen from
 
-Each length and model is one run of its script with the flags that `flags` makes of it; these were searched for S5 only.
+Each length and model is one run of its script with the flags that `flags` makes of it. Step size and entropy bonus were
+searched for each model alike: GRID at memory length SEARCH_LENGTH, two seeds, memory_search.csv; the best in SETTINGS.
 Writes memory_length.csv, a row a model, length and seed, and memory_length.png beside this file.
 """
 
@@ -14,7 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -37,6 +39,9 @@ PAPER = {
 
 
 SCRIPTS = {"S5": "s5_ppo_memory.py", "LSTM": "lstm_ppo.py", "Transformer": "transformer_ppo.py"}
+SEARCH_LENGTH, SEARCH_SEEDS = 64, 2
+GRID = [{"learning-rate": rate, "ent-coef": bonus} for rate, bonus in product((3e-4, 1e-3), (0.01, 0.1))]
+SETTINGS = {model: {"learning-rate": 3e-4, "ent-coef": 0.1} for model in SCRIPTS}
 
 
 @dataclass
@@ -49,9 +54,11 @@ class Args:
     """seeds 0, 1, ... of each length"""
     episodes: int = 5_000
     """training episodes of each seed; the paper has 10,000"""
+    search: bool = False
+    """try GRID at SEARCH_LENGTH instead, and write memory_search.csv"""
 
 
-def flags(model, length, args):
+def flags(model, length, args, settings):
     """The rollout spans two episodes, so that every gradient reaches from the question back to its cue."""
     num_steps = max(128, 2 * length)
     own = {
@@ -66,16 +73,15 @@ def flags(model, length, args):
         "num-envs": 16,
         "num-steps": num_steps,
         "update-epochs": 8,
-        "learning-rate": 3e-4,
         "gae-lambda": 0.0,  # one action counts: credit spread over the ones before it is noise
-        "ent-coef": 0.1,  # noise alone drives the policy to a corner long before the cue is found
+        **settings,
     }
 
 
-def train(model, length, args):
+def train(model, length, args, settings):
     """Runs one model at one length; rows for the table."""
     command = [sys.executable, str(HERE.parent / SCRIPTS[model]), "--anneal-lr", "--anneal-ent-coef"]
-    command += [str(x) for name, value in flags(model, length, args).items() for x in (f"--{name}", value)]
+    command += [str(x) for name, value in flags(model, length, args, settings).items() for x in (f"--{name}", value)]
     print(" ".join(command[1:]), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(command, cwd=folder, check=True)
@@ -111,16 +117,32 @@ def read(path):
         return list(csv.DictReader(f))
 
 
+def write(path, rows):
+    with path.open("w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def search(args):
+    path = HERE / "memory_search.csv"
+    for model, settings in product(args.models, GRID):
+        rows = [settings | row for row in train(model, SEARCH_LENGTH, replace(args, num_seeds=SEARCH_SEEDS), settings)]
+        mine = {name: str(value) for name, value in {"model": model, **settings}.items()}
+        rows = [row for row in read(path) if not mine.items() <= row.items()] + rows
+        write(path, sorted(rows, key=lambda row: row["model"]))
+
+
 def main():
     args = tyro.cli(Args, description=__doc__)
+    if args.search:
+        search(args)
+        return
     path = HERE / "memory_length.csv"
     for model, length in product(args.models, args.lengths):
-        rows = train(model, length, args)
+        rows = train(model, length, args, SETTINGS[model])
         rows += [row for row in read(path) if (row["model"], int(row["length"])) != (model, length)]
-        with path.open("w", newline="") as f:
-            writer = csv.DictWriter(f, rows[0])
-            writer.writeheader()
-            writer.writerows(sorted(rows, key=lambda row: (row["model"], int(row["length"]))))
+        write(path, sorted(rows, key=lambda row: (row["model"], int(row["length"]))))
     table = read(path)
 
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
