@@ -162,7 +162,7 @@ class Args:
     """number of independent seeds trained side by side"""
     num_devices: int = 1
     """GPUs, or other devices that JAX sees, over which the environments of every seed are split"""
-    total_timesteps: int = 20_000_000
+    total_timesteps: int = 10_000_000
     """environment steps of each seed, rounded up to whole log intervals"""
     log_interval: int = 10
     """updates in one jitted call, and in one row of metrics.csv"""
@@ -953,7 +953,7 @@ def make_train(args, env):
             grads = unflatten(jax.lax.pmean(flat, "devices"))
             losses["losses/grad_norm"] = optax.global_norm(grads)
             updates, stepped = optimizer.update(grads, opt_state, params)
-            # Among several tasks one may run away in a few steps: a policy that has left its rollout waits for the next.
+            # Of several tasks one may run away in a few steps: a policy far from its rollout waits for the next one.
             near = jax.lax.pmean(losses["losses/approx_kl"], "devices") < args.target_kl
             losses["losses/skipped"] = 1.0 - near
             updated = optax.apply_updates(params, updates), stepped

@@ -322,6 +322,18 @@ def test_loss_is_the_clipped_objective_and_the_squared_errors_of_value_and_predi
     assert float(metrics["losses/approx_kl"]) == pytest.approx((ratio - 1 - np.log(ratio)).mean(), rel=1e-4)
 
 
+@pytest.mark.parametrize(("target_kl", "taken"), [(1e-6, 1), (1e6, 4)])
+def test_a_policy_that_has_left_its_rollout_waits_for_the_next(target_kl, taken):
+    flags = {"train_tasks": ("short-pendulum",), "num_layers": 0, "learning_rate": 0.01, "target_kl": target_kl}
+    args = Args(**TINY | flags)
+    init, train = make_train(args, Environment(args.train_tasks, args))
+    before = jax.jit(init)(jax.random.key(0))
+    after, metrics = jax.jit(train)(before)
+    (count,) = {int(x) for x in jax.tree.leaves(after.opt_state) if x.dtype == jnp.int32}
+    assert count == taken and float(metrics["losses/skipped"]) == pytest.approx(1 - taken / 4)
+    assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (before.params, after.params)), strict=True))
+
+
 # ---- evaluation
 EVAL = TINY | {"train_tasks": ("short-pendulum",), "eval_trials": 3, "eval_trial_length": 12}
 
