@@ -29,21 +29,21 @@ network with its memory wiped, on new matrices and on tasks that were never trai
     python s5_ppo_meta.py --eval-only runs/CLASSIC --render reacher      # watch the first and last episode
     python s5_ppo_meta.py --resume runs/RUN              # goes on after Ctrl-C or a kill
 
-What to expect, of the defaults with seeds 0 to 2, on one core of a cloud machine's CPU on 2026-11-23: 15 minutes at
-23,000 steps per second; a return (at most 1) of 0.43 to 0.47 after 5 million steps, 0.90 to 0.95 after 20. On fresh
-matrices, 64 trials of 32 episodes, it is at least 0.80 in the first episode and 0.88 in the 32nd; with the memory wiped
-every step, 0.05. The paper's figure has 0.27 and 0.41. A specialist reaches 1.0 in 1.5 million steps. The classic suite
-is far from done after 49 million steps, an hour on one core (one seed, README); locomotion is slow on a CPU. Paper:
-2 billion steps, as with --suite classic --total-timesteps 2000000000 --num-envs 4800 --num-layers 10 --d-model 256 (not
-run here). benchmarks/META_LOG.md tells what was tried.
+What to expect, of the defaults with seeds 0 to 2, on one core of a cloud machine's CPU on 2026-11-23: 7 to 8 minutes, at
+24,000 to 27,000 steps per second; a return (at most 1) of 0.42 to 0.46 after 2.5 million steps, 0.92 to 0.97 after 10. On
+fresh matrices, 64 trials of 32 episodes, it is at least 0.90 in the first episode and 0.93 in the 32nd; with the memory
+wiped every step, 0.05. The paper's figure has 0.27 and 0.41. A specialist reaches 1.0 in 1.5 million steps. CLASSIC
+Paper: 2 billion steps, as with --suite classic --total-timesteps 2000000000 --num-envs 4800 --num-layers 10
+--d-model 256 (not run here). benchmarks/META_LOG.md tells what was tried.
 
 Where this departs from the paper, and why:
 - PPO, not experiment 4's Muesli, and a head that predicts the change of the observation and the reward: PPO alone gives
   the memory little to learn a new body from.
-- The largest initial time step of S5 is 2, not 0.1: with that the fastest states average over 20 steps, and velocity is
-  lost. Its input is scaled to unit variance, not by zero-order hold (--zoh).
-- Rollouts are shorter than a trial: what is kept beyond --num-steps is trained only through the stored memory. And
-  advantages stop where an episode terminates, so that nothing pays for exploring for the sake of later episodes.
+- The largest initial time step of S5 is 2, not 0.1: with 0.1 even the fastest states average over 20 steps, and
+  velocity is lost. Its input is scaled to unit variance, not by zero-order hold (--zoh).
+- Rollouts are shorter than a trial, and gradients reach no further back: the memory is carried on, but nothing trains
+  it to keep what only a later rollout needs. And advantages stop where an episode ends (at a time limit with the value
+  of what was left), so that nothing pays for exploring for the sake of later episodes.
 - An environment keeps its task, and only the matrices and starts are redrawn; the paper redraws the task as well.
 - The inner episode's end is a flag in the observation and no reset; only a trial's end resets the memory.
 - The agent sees its own unprojected action and the scaled reward: without them it could not identify the action matrix.
@@ -88,21 +88,10 @@ class Task(NamedTuple):
     episode_length: int  # time limit, in steps
     zero: float  # return of one episode that scores 0: the better of random actions and no action at all
     one: float  # return that scores 1: a specialist, this script on the task alone with --no-projection
-    spread: float  # standard deviation of random actions' discounted returns, what rewards are first divided by
-    params: dict | None = None  # fields of gymnax's EnvParams to override
+    spread: float  # standard deviation of random actions' discounted returns: rewards are divided by it, to begin with
+    params: dict | None = None  # fields of EnvParams to override; of gymnax tasks only, as are the next two
     seen: tuple = ()  # entries of the observation the agent sees; all, if empty
     reward_scale: float = 1.0
-
-
-class Suite(NamedTuple):
-    """What `--suite` stands for; flags of the same names override it."""
-
-    train_tasks: tuple
-    held_out_tasks: tuple
-    projected_obs_size: int
-    projected_action_size: int
-    trial_length: int  # steps of a trial, or 0 if it counts episodes
-    trial_episodes: int  # episodes of a trial, or 0 if it counts steps
 
 
 # From benchmarks/reference_scores.csv, which says what made each number; in rows marked "guess", `one` is not measured
@@ -124,31 +113,32 @@ TASKS = {
     "ant": Task("ant", 200, 200.0, 800.0, 20.0),
     "pusher": Task("pusher", 100, -100.0, -40.0, 20.0),
 }
+# What --suite stands for; flags of the same names override it. Trials count steps or episodes: the other is 0.
 SUITES = {
-    "cartpole": Suite(
-        train_tasks=("cartpole-positions",),
-        held_out_tasks=(),
-        projected_obs_size=4,
-        projected_action_size=1,
-        trial_length=0,
-        trial_episodes=16,
-    ),
-    "classic": Suite(
-        train_tasks=("pendulum", "point-robot", "cartpole", "inverted-pendulum", "reacher"),
-        held_out_tasks=("gymnax-reacher", "inverted-double-pendulum", "pendulum-heavy", "mountain-car"),
-        projected_obs_size=12,
-        projected_action_size=2,
-        trial_length=400,
-        trial_episodes=0,
-    ),
-    "locomotion": Suite(
-        train_tasks=("ant", "halfcheetah", "hopper", "reacher", "inverted-double-pendulum"),
-        held_out_tasks=("walker2d", "pusher"),
-        projected_obs_size=32,
-        projected_action_size=8,
-        trial_length=1000,
-        trial_episodes=0,
-    ),
+    "cartpole": {
+        "train_tasks": ("cartpole-positions",),
+        "held_out_tasks": (),
+        "projected_obs_size": 4,
+        "projected_action_size": 1,
+        "trial_length": 0,
+        "trial_episodes": 16,
+    },
+    "classic": {
+        "train_tasks": ("pendulum", "point-robot", "cartpole", "inverted-pendulum", "reacher"),
+        "held_out_tasks": ("gymnax-reacher", "inverted-double-pendulum", "pendulum-heavy", "mountain-car"),
+        "projected_obs_size": 12,
+        "projected_action_size": 2,
+        "trial_length": 400,
+        "trial_episodes": 0,
+    },
+    "locomotion": {
+        "train_tasks": ("ant", "halfcheetah", "hopper", "reacher", "inverted-double-pendulum"),
+        "held_out_tasks": ("walker2d", "pusher"),
+        "projected_obs_size": 32,
+        "projected_action_size": 8,
+        "trial_length": 1000,
+        "trial_episodes": 0,
+    },
 }
 
 
@@ -268,7 +258,7 @@ class Args:
             self.trial_episodes = 0
         if self.trial_episodes and self.trial_length is None:
             self.trial_length = 0
-        for name, value in SUITES[self.suite]._asdict().items():
+        for name, value in SUITES[self.suite].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.eval_trial_length is None:
@@ -305,7 +295,7 @@ class Args:
             if name not in TASKS:
                 raise ValueError(f"--train-tasks and --held-out-tasks know no {name}: use {', '.join(TASKS)}")
             if (self.train_tasks + self.held_out_tasks).count(name) > 1:
-                raise ValueError(f"--train-tasks and --held-out-tasks name {name} twice: name it once")
+                raise ValueError(f"--train-tasks and --held-out-tasks (or the suite's) both name {name}: set both")
         if not self.train_tasks:
             raise ValueError("--train-tasks is empty: name one at least")
         if bool(self.trial_length) == bool(self.trial_episodes):
@@ -336,10 +326,9 @@ class Timestep(NamedTuple):
     done: jax.Array  # (N,) bool: the action ended the episode, by a termination, a time limit or the trial's end
     truncated: jax.Array  # (N,) bool: ended, but not by a termination
     final_obs: jax.Array  # (N, O) what the agent would have seen next, had the episode gone on
-    raw_reward: jax.Array  # (N,) times the task's reward_scale, but not yet divided by its spread
+    raw_reward: jax.Array  # (N,) not divided by the spread of the task's returns
     discounted_return: jax.Array  # (N,) discounted sum of the episode's raw rewards so far, as VecNormalize has it
     episode_return: jax.Array  # (N,) sum of raw rewards of the episode up to this step, undiscounted
-    episode_length: jax.Array  # (N,) int32, its steps
 
 
 class Pool(NamedTuple):
@@ -381,12 +370,12 @@ class CopiesOf:
     """n copies of one task, from gymnax or brax, behind random projections.
 
     The task's observation o is squashed to arcsinh(o), linear below 1 and logarithmic above: so the large velocities of
-    some task need no statistics, and small motions stay linear, which is the easiest to undo. The agent sees o @
-    obs_matrix, of uniformly random orthonormal rows times sqrt(projected size / o's size): distances are kept up to
+    some task need no statistics, and small motions stay linear, which is the easiest to undo. The agent sees arcsinh(o)
+    @ obs_matrix, of uniformly random orthonormal rows times sqrt(projected size / o's size): distances are kept up to
     that factor, no information is lost, and an entry has the same variance whatever the size of o, so that neither
     padding nor scale tells the task. The task gets clip(action @ action_matrix, -1, 1), the range of every task's
     actions here. The columns of that matrix are orthonormal: each of the task's actions is reached, by an action of the
-    agent that is no longer.
+    agent that has the same norm.
     """
 
     def __init__(self, name, args):
@@ -468,13 +457,12 @@ class CopiesOf:
         pool = self.draw(pool_key, n)
         zero, steps, true = jnp.zeros(n), jnp.zeros(n, jnp.int32), jnp.ones(n, bool)
         begun = jax.random.randint(stagger_key, (n,), 0, self.args.trial_length or self.args.trial_episodes)
-        begun = jnp.where(stagger, begun, 0)  # else all trials would end at once, and all memories start at once
+        begun = jnp.where(stagger, begun, 0)  # staggered, or else all trials would end, and all memories start, at once
         trial_step, episode = (begun, steps) if self.args.trial_length else (steps, begun)
         action = jnp.zeros((n, self.args.projected_action_size))
         obs = self.agent_obs(pool.obs, pool.obs_matrix, action, zero, true, true)
-        inner, _, obs_matrix, action_matrix = pool
-        state = EnvState(inner, obs_matrix, action_matrix, pool, trial_step, episode, steps, zero, zero)
-        return state, Timestep(obs, true, zero, ~true, ~true, obs, zero, zero, zero, steps)
+        state = EnvState(pool.inner, pool.obs_matrix, pool.action_matrix, pool, trial_step, episode, steps, zero, zero)
+        return state, Timestep(obs, true, zero, ~true, ~true, obs, zero, zero, zero)
 
     def step(self, key, state: EnvState, action, spread, trials_end) -> tuple[EnvState, Timestep]:
         n = action.shape[0]
@@ -487,10 +475,8 @@ class CopiesOf:
         episode_length, trial_step = state.episode_length + 1, state.trial_step + 1
         ended = terminated | (episode_length >= self.task.episode_length)
         episode = state.episode + ended
-        if self.args.trial_length:
-            new_trial = trials_end & (trial_step >= self.args.trial_length)
-        else:
-            new_trial = trials_end & (episode >= self.args.trial_episodes)
+        place = trial_step if self.args.trial_length else episode
+        new_trial = trials_end & (place >= (self.args.trial_length or self.args.trial_episodes))
         done = ended | new_trial
         final_obs = self.agent_obs(obs, state.obs_matrix, action, reward, jnp.zeros(n), jnp.zeros(n, bool))
 
@@ -514,19 +500,16 @@ class CopiesOf:
             raw_reward=raw_reward,
             discounted_return=discounted_return,
             episode_return=episode_return,
-            episode_length=episode_length,
         )
-        zero_if_done = choose(
-            done,
-            (0 * episode_length, 0 * episode_return, 0 * discounted_return),
-            (episode_length, episode_return, discounted_return),
-        )
-        trial_step, episode = choose(new_trial, (0 * trial_step, 0 * episode), (trial_step, episode))
-        return EnvState(inner, obs_matrix, action_matrix, state.pool, trial_step, episode, *zero_if_done), timestep
+        of_trial = [jnp.where(new_trial, 0, x) for x in (trial_step, episode)]
+        of_episode = [jnp.where(done, 0, x) for x in (episode_length, episode_return, discounted_return)]
+        return EnvState(inner, obs_matrix, action_matrix, state.pool, *of_trial, *of_episode), timestep
 
 
-def join(timesteps):
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *timesteps)
+def join(parts):
+    """From a state and Timestep of each task: the tuple of states, and one Timestep of all N environments."""
+    states, timesteps = zip(*parts, strict=True)
+    return states, jax.tree.map(lambda *x: jnp.concatenate(x), *timesteps)
 
 
 class Environment:
@@ -538,13 +521,10 @@ class Environment:
     def __init__(self, names, args, trials_end=True):
         self.names, self.trials_end = names, trials_end
         self.tasks = [CopiesOf(name, args) for name in names]
-        self.obs_size = args.projected_obs_size + args.projected_action_size + 3  # O
 
     def reset(self, key, num_envs) -> tuple[tuple, Timestep]:
         keys, n = jax.random.split(key, len(self.tasks)), num_envs // len(self.tasks)
-        parts = [task.reset(k, n, self.trials_end) for task, k in zip(self.tasks, keys, strict=True)]
-        states, timesteps = zip(*parts, strict=True)
-        return states, join(timesteps)
+        return join(task.reset(k, n, self.trials_end) for task, k in zip(self.tasks, keys, strict=True))
 
     def redraw(self, key, states) -> tuple:
         """Gives every task new start states and matrices to draw from; those in use stay."""
@@ -556,9 +536,7 @@ class Environment:
         """Steps all N environments with action (N, A); spread (K,) is what each task's rewards are divided by."""
         keys = jax.random.split(key, len(self.tasks))
         parts = zip(self.tasks, keys, states, jnp.split(action, len(self.tasks)), spread, strict=True)
-        parts = [task.step(k, state, a, s, self.trials_end) for task, k, state, a, s in parts]
-        states, timesteps = zip(*parts, strict=True)
-        return states, join(timesteps)
+        return join(task.step(k, state, a, s, self.trials_end) for task, k, state, a, s in parts)
 
 
 # ==== Sequence model: S5 with resets inside the scan ==================================================================
@@ -739,8 +717,8 @@ class ActorCritic(nn.Module):
             return a * (1 + b)
 
         def direction_and_size(x):
-            size = jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-8)  # from 1e-4 to about 1: hence its logarithm
-            return x / size, jnp.log(size) / 3 + 1
+            size = jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-8)  # from 1e-4 on
+            return x / size, jnp.log(size) / 3 + 1  # the latter from -2 to about 1
 
         last, carry = carry
         outcome = jnp.concatenate([last[None], outcome_of(obs, self.args)])  # (T + 1, N, o + 1)
@@ -759,7 +737,7 @@ class ActorCritic(nn.Module):
 
         # How much to explore depends on what the memory holds, so the deviation is an output as well. It stays between
         # 0.1 and 2, so that neither noise nor certainty runs away, and starts near 0.45. The mean stays within 3: where
-        # only an action's sign counts nothing else would hold it, and what is seen of it is multiplied.
+        # only an action's sign counts nothing else would hold it, and layers that multiply see the action again.
         mean, log_std = jnp.split(head(x, 2 * A, 0.01), 2, axis=-1)
         mean = 3 * jnp.tanh(mean / 3)
         log_std = np.log(0.1) + (np.log(2) - np.log(0.1)) * nn.sigmoid(log_std)
@@ -896,23 +874,14 @@ def make_train(args, env):
         _, _, final_value, _ = network.apply(state.params, carry, final_obs, no_reset)
         reward = timestep.reward + args.gamma * jnp.where(timestep.truncated, final_value[0], 0.0)
         log_prob, _ = gaussian((mean, log_std), action)
-        change = outcome_of(timestep.final_obs, args) - outcome_of(state.obs, args)
+        done, change = timestep.done, outcome_of(timestep.final_obs, args) - outcome_of(state.obs, args)
         transition = Transition(
-            state.obs,
-            state.reset,
-            action[0],
-            log_prob[0],
-            value[0],
-            reward,
-            timestep.done,
-            change,
-            timestep.discounted_return,
+            state.obs, state.reset, action[0], log_prob[0], value[0], reward, done, change, timestep.discounted_return
         )
-        done = timestep.done.reshape(K, -1)
-        returns = jnp.where(done, timestep.episode_return.reshape(K, -1), 0.0)
+        ended = done, jnp.where(done, timestep.episode_return, 0.0)
         reset = timestep.reset & args.reset_memory
         state = state._replace(env_state=env_state, obs=timestep.obs, reset=reset, carry=carry)
-        return state, (transition, (done.sum(1), returns.sum(1)))
+        return state, (transition, jax.tree.map(lambda x: x.reshape(K, -1).sum(1), ended))
 
     def update(state: TrainState, _):
         """One rollout, and update_epochs passes over it."""
@@ -957,7 +926,11 @@ def make_train(args, env):
             near = jax.lax.pmean(losses["losses/approx_kl"], "devices") < args.target_kl
             losses["losses/skipped"] = 1.0 - near
             updated = optax.apply_updates(params, updates), stepped
-            return jax.tree.map(partial(jnp.where, near), updated, (params, opt_state)), losses
+
+            def choose(new, old):  # the optimiser's counts go on, since the step size goes by them
+                return jnp.where(near | (new.dtype == jnp.int32), new, old)
+
+            return jax.tree.map(choose, updated, (params, opt_state)), losses
 
         order = jnp.concatenate([jax.random.permutation(k, num_envs) for k in epoch_keys])
         order = order.reshape(args.update_epochs * args.num_minibatches, -1)  # (gradient steps, M)
@@ -973,8 +946,8 @@ def make_train(args, env):
         count, returns = jax.lax.psum(jax.tree.map(lambda x: x.sum(0), episodes), "devices")  # (K,) each
         zero, one = (jnp.array([getattr(TASKS[name], x) for name in env.names]) for x in ("zero", "one"))
         metrics["charts/score"] = ((returns / count - zero) / (one - zero)).mean()
-        for name, episodes, total in zip(env.names, count, returns, strict=True):
-            metrics |= {f"charts/episodes/{name}": episodes, f"charts/episodic_return/{name}": total / episodes}
+        for name, number, total in zip(env.names, count, returns, strict=True):
+            metrics |= {f"charts/episodes/{name}": number, f"charts/episodic_return/{name}": total / number}
         return state, metrics
 
     split, copied = jax.P("devices"), jax.P()
@@ -985,13 +958,7 @@ def make_train(args, env):
 
 
 # ==== Evaluation ======================================================================================================
-MEMORIES = ("kept", "wiped every episode", "wiped every step")  # the first is the agent; what it lacks is in the others
-
-
-class EvalState(NamedTuple):
-    env_state: tuple
-    timestep: Timestep
-    carry: tuple
+MEMORIES = ("kept", "wiped every episode", "wiped every step")  # the agent, and two that lack what their names say
 
 
 def evaluate(params, spread, key, memory, args, env):
@@ -999,28 +966,28 @@ def evaluate(params, spread, key, memory, args, env):
 
     memory: index of MEMORIES. The trials of one key have the same matrices whatever the memory. Actions are sampled, as
     in training: to explore is part of the policy. Nothing is learned but in the memory. S is long enough for every
-    episode begun within the trial to be whole. Returns also the states of brax, for --render, or None.
+    episode begun within the trial to be whole. Returns also, for --render, what brax knew of the first trial, or None.
     """
     network, num_envs = ActorCritic(args), len(env.names) * args.eval_trials
     reset_key, key = jax.random.split(key)
     longest = max(task.task.episode_length for task in env.tasks)
     num_steps = args.eval_trial_length + longest if args.trial_length else args.eval_trial_length * longest
 
-    def step(s: EvalState, key):
+    def step(state, key):
+        env_state, timestep, carry = state
         action_key, env_key = jax.random.split(key)
-        reset = s.timestep.reset | ((memory == 1) & s.timestep.done) | (memory == 2)
+        reset = timestep.reset | ((memory == 1) & timestep.done) | (memory == 2)
         # Where the memory is wiped, the agent sees what it saw in training when its memory was empty: a trial's first
         # observation, without previous action and reward, which would be a memory too.
-        start_of_trial = s.timestep.obs.at[:, args.projected_obs_size : -2].set(0.0).at[:, -2:].set(1.0)
-        obs = jnp.where(reset[:, None], start_of_trial, s.timestep.obs)
-        carry, (mean, log_std), _, _ = network.apply(params, s.carry, obs[None], reset[None])
+        start_of_trial = timestep.obs.at[:, args.projected_obs_size : -2].set(0.0).at[:, -2:].set(1.0)
+        obs = jnp.where(reset[:, None], start_of_trial, timestep.obs)
+        carry, (mean, log_std), _, _ = network.apply(params, carry, obs[None], reset[None])
         action = mean + jnp.exp(log_std) * jax.random.normal(action_key, mean.shape)
-        env_state, timestep = env.step(env_key, s.env_state, action[0], spread)
-        frame = s.env_state[0].inner.pipeline_state if args.render else None
-        return EvalState(env_state, timestep, carry), (timestep.raw_reward, timestep.done, frame)
+        frame = jax.tree.map(lambda x: x[0], env_state[0].inner.pipeline_state) if args.render else None
+        env_state, timestep = env.step(env_key, env_state, action[0], spread)
+        return (env_state, timestep, carry), (timestep.raw_reward, timestep.done, frame)
 
-    carry = network.initial_carry(num_envs)
-    start = EvalState(*env.reset(reset_key, num_envs), carry)
+    start = (*env.reset(reset_key, num_envs), network.initial_carry(num_envs))
     return jax.lax.scan(step, start, jax.random.split(key, num_steps))[1]
 
 
@@ -1050,21 +1017,20 @@ def adaptation(rewards, dones, env, args):
     rows = []
     for k, name in enumerate(env.names):
         task, mine = TASKS[name], np.arange(rewards.shape[3]).reshape(len(env.names), -1)[k]
-        halves = []
         for m, memory in enumerate(MEMORIES):
             reward, done = (np.concatenate(x[:, m][:, :, mine], axis=1) for x in (rewards, dones))  # (S, trials)
             trial, index, first, returns = episodes_of(reward, done, args).T
             score = (returns - task.zero) / (task.one - task.zero)
             second = (first if args.trial_length else index) >= args.eval_trial_length / 2
             half = {i: score[second & (trial == i)].mean() for i in np.unique(trial[second])}  # trial: score
-            halves.append(half)
             samples = [("second half", 0, np.array([*half.values()]))]
             samples += [("episode", i, score[index == i]) for i in range(int(index.max()) + 1)]
             parts = np.array_split(reward[:length], min(20, length))
             samples += [("step", length * (i + 0.5) / len(parts), part.mean(0)) for i, part in enumerate(parts)]
-            if memory != MEMORIES[0]:  # the same trial, that is the same matrices, with and without
-                both = [i for i in half if i in halves[0]]
-                samples += [("kept minus this", 0, np.array([halves[0][i] - half[i] for i in both]))]
+            if m == 0:
+                kept = half
+            else:  # the same trial, that is the same matrices, with and without
+                samples += [("kept minus this", 0, np.array([kept[i] - half[i] for i in half if i in kept]))]
             for against, x, sample in samples:
                 if not len(sample):  # no episode began in the second half
                     continue
@@ -1126,19 +1092,20 @@ def report(run_dir, rows, env, args, console):
     console.print(table)
 
 
-# ==== Run directory ===================================================================================================
-def render(run_dir, frames, dones, env, args):
-    """HTML pages of the first and the last whole episode of one trial; frames: brax states, (S, ...); dones: (S,)."""
+def render(run_dir, frames, rewards, dones, env, args):
+    """HTML pages of a trial's first and last episode; frames: brax states, (S, ...); rewards, dones: (S, 1)."""
     from brax.io import html
 
-    ends = np.flatnonzero(dones)
-    for which, start, end in (("first", 0, ends[0]), ("last", ends[-2] + 1 if len(ends) > 1 else 0, ends[-1])):
-        states = [jax.tree.map(lambda x, t=t: x[t], frames) for t in range(start, end + 1)]
+    starts = episodes_of(rewards, dones, args)[:, 2].astype(int)
+    for which, start in (("first", starts[0]), ("last", starts[-1])):
+        steps = range(start, start + dones[start:].argmax() + 1)
+        states = [jax.tree.map(lambda x, t=t: x[t], frames) for t in steps]
         path = run_dir / f"{env.names[0]}_{which}_episode.html"
         path.write_text(html.render(env.tasks[0].env.sys, states))
         print(path)
 
 
+# ==== Run directory ===================================================================================================
 def new_run_dir(args, task) -> Path:
     run_dir = Path("runs") / f"{Path(__file__).stem}__{task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir.mkdir(parents=True)
@@ -1268,8 +1235,14 @@ def setup() -> tuple[Args, Environment, Environment]:
             config = run_dir / "config.json"
             if not config.is_file() or not (run_dir / "checkpoint").is_dir():
                 raise ValueError(f"{flag} {run_dir} holds no config.json and checkpoint/: name a directory under runs/")
+            if args.eval_only and not any((run_dir / "checkpoint").iterdir()):
+                raise ValueError(f"--eval-only {run_dir} has no checkpoint yet: go on with --resume {run_dir}")
             stored = json.loads(config.read_text())
+            if stored["args"].keys() != flags.keys():
+                raise ValueError(f"{flag} {run_dir} is of another version of the script: see git_commit in config.json")
             args = stored["args"] | given
+            if args["eval_only"]:  # which needs no more than one device
+                args |= {"num_devices": 1, "track": False}
             args = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in args.items()})
         args.check()
         if args.num_devices > len(jax.devices()):
@@ -1278,7 +1251,9 @@ def setup() -> tuple[Args, Environment, Environment]:
             raise ValueError("--track needs Weights & Biases, which is not installed: pip install wandb")
         tasks = args.train_tasks + args.held_out_tasks
         if args.render:
-            if not args.eval_only or getattr(TASKS.get(args.render), "env_id", "-") != args.render.replace("-", "_"):
+            # Tasks of brax, and no others, are named after their environments.
+            is_brax = args.render in TASKS and TASKS[args.render].env_id == args.render.replace("-", "_")
+            if not args.eval_only or not is_brax:
                 raise ValueError(f"--render {args.render} needs --eval-only, and a brax task: reacher, ant ...")
             tasks = (args.render,)
         env, eval_env = Environment(args.train_tasks, args), Environment(tasks, args, trials_end=False)
@@ -1299,8 +1274,7 @@ def main():
     console = Console()
     jax.config.update("jax_default_matmul_precision", "default" if args.tf32 else "highest")
     run_dir = args.resume or args.eval_only or new_run_dir(args, args.suite)
-    seeds = range(args.seed, args.seed + args.num_seeds)
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    keys = jnp.stack([jax.random.key(args.seed + i) for i in range(args.num_seeds)])
 
     init, train = make_train(args, env)
     state = jax.jit(over_seeds(init, args))(keys)
@@ -1319,29 +1293,31 @@ def main():
     over_memories = jax.vmap(partial(evaluate, args=args, env=eval_env), (None, None, None, 0))
     eval_fn = jax.jit(jax.vmap(over_memories, (0, 0, 0, None)))
     eval_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)  # far from what init splits off
-    held_out = [name for name in eval_env.names if name not in args.train_tasks]
 
     def evaluation(state, update):
         """Runs the trials of an evaluation and writes down what they show; returns the rows of evaluations.csv."""
-        spread = dict(zip(args.train_tasks, jnp.sqrt(state.return_var).T + 1e-3, strict=True))
-        spread |= {name: jnp.full(args.num_seeds, TASKS[name].spread) for name in held_out}
+        spread = {name: jnp.full(args.num_seeds, TASKS[name].spread) for name in eval_env.names}
+        spread |= dict(zip(args.train_tasks, jnp.sqrt(state.return_var).T + 1e-3, strict=True))
         spread = jnp.stack([spread[name] for name in eval_env.names], axis=1)  # (seeds, K)
-        *outcome, frames = eval_fn(state.params, spread, eval_keys, jnp.arange(len(MEMORIES)))
-        rewards, dones = jax.tree.map(np.asarray, outcome)
+        outcome = eval_fn(state.params, spread, eval_keys, jnp.arange(len(MEMORIES)))
+        rewards, dones, frames = jax.tree.map(np.asarray, outcome)
         if args.render:
-            render(run_dir, jax.tree.map(lambda x: x[0, 0, :, 0], frames), dones[0, 0, :, 0], eval_env, args)
+            one = jax.tree.map(lambda x: x[0, 0], frames)
+            render(run_dir, one, rewards[0, 0, :, :1], dones[0, 0, :, :1], eval_env, args)
             return None
         rows = adaptation(rewards, dones, eval_env, args)
         report(run_dir, rows, eval_env, args, console)
-        when = {"update": update, "eval_trial_length": args.eval_trial_length}
-        columns = when | rows[0]
-        rows = [when | without_nan(row) for row in rows if row["against"] in ("second half", "kept minus this")]
-        with (run_dir / "evaluations.csv").open("a", newline="") as f:
-            table = csv.DictWriter(f, columns, lineterminator="\n")
-            if f.tell() == 0:
-                table.writeheader()
-            table.writerows(rows)
-        return rows
+        when = {"update": str(update), "eval_trial_length": str(args.eval_trial_length)}
+        halves = [when | without_nan(row) for row in rows if row["against"] in ("second half", "kept minus this")]
+        path, others = run_dir / "evaluations.csv", []
+        if path.exists():  # an evaluation made again replaces the old one
+            with path.open(newline="") as f:
+                others = [row for row in csv.DictReader(f) if not when.items() <= row.items()]
+        with path.open("w", newline="") as f:
+            table = csv.DictWriter(f, halves[0], lineterminator="\n")
+            table.writeheader()
+            table.writerows(others + halves)
+        return halves
 
     if args.eval_only:
         evaluation(state, update)
@@ -1362,14 +1338,12 @@ def main():
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("", total=args.num_updates, completed=update)
-        last_save = loop_start = time.time()
-        device_seconds, first_update = 0.0, update
+        last_save, loop_start, first_update = time.time(), time.time(), update
         while update < args.num_updates and not signals:
             call_start = time.time()
             state, metrics = train(state)
             metrics = jax.tree.map(np.asarray, metrics)  # waits for the device
             call_seconds = time.time() - call_start
-            device_seconds += call_seconds
             if not np.isfinite(metrics["losses/grad_norm"]).all():
                 raise SystemExit(
                     f"error: the gradient was not finite after update {update}; the checkpoint of update "
@@ -1383,7 +1357,9 @@ def main():
             progress.update(bar, completed=update, description=f"score {score}  {steps_per_second:,.0f} steps/s")
             due = args.eval_interval and update % args.eval_interval < args.updates_per_call
             if due and update < args.num_updates:
+                start = time.time()
                 evaluation(state, update)
+                loop_start += time.time() - start  # no part of training
             if time.time() - last_save > args.checkpoint_interval and update < args.num_updates:
                 checkpoints.save(update, args=ocp.args.StandardSave(state))
                 last_save = time.time()
@@ -1405,7 +1381,6 @@ def main():
         "total_seconds": time.time() - start_time,
         "compile_seconds": compile_seconds,
         "steps_per_second": steps / loop_seconds,
-        "host_share": 1 - device_seconds / loop_seconds if steps else 0.0,
     }
     console.print("  ".join(f"{name} {value:,.3g}" for name, value in timing.items()))
     (run_dir / "eval.json").write_text(json.dumps(timing | {"results": results}, indent=2) + "\n")

@@ -153,7 +153,7 @@ def test_returns_and_lengths_count_one_episode(played):
         length = length + 1
         np.testing.assert_allclose(now.episode_return[t], total, rtol=1e-5)
         np.testing.assert_allclose(now.discounted_return[t], discounted, rtol=1e-5)
-        np.testing.assert_array_equal(now.episode_length[t], length)
+        np.testing.assert_array_equal(together(played.states, "episode_length")[t] + 1, length)
         total, discounted, length = (x * ~now.done[t] for x in (total, discounted, length))
 
 
@@ -163,7 +163,7 @@ def test_an_end_is_a_truncation_unless_the_task_terminated(played):
     obs = np.abs(np.einsum("tnO,tnoO->tno", now.final_obs[:, :n, :O], matrix) * 4 / O)
     fallen = (obs[..., 2] > squash(12 * 2 * np.pi / 360)) | (obs[..., 0] > squash(2.4))
     fallen = np.concatenate([fallen, np.zeros_like(fallen)], axis=1)  # the pendulum never terminates
-    limit = now.episode_length == np.repeat((15, 7), n)
+    limit = together(played.states, "episode_length") + 1 == np.repeat((15, 7), n)
     np.testing.assert_array_equal(now.done, fallen | limit | now.reset)
     np.testing.assert_array_equal(now.truncated, now.done & ~fallen)
     assert fallen.any() and (limit & ~fallen)[:, :n].any()
@@ -301,11 +301,11 @@ def test_two_tasks_of_the_same_physics_look_the_same():
 
 
 def test_all_tasks_show_as_many_entries():
-    names = tuple(SUITES["classic"].train_tasks + SUITES["classic"].held_out_tasks)
+    names = SUITES["classic"]["train_tasks"] + SUITES["classic"]["held_out_tasks"]
     args = Args(suite="classic")
     env = Environment(tuple(name for name in names if TASKS[name].env_id in gymnax.registered_envs), args)
     _, first = jax.eval_shape(lambda key: env.reset(key, 14), jax.random.key(0))
-    assert len(env.names) == 6 and first.obs.shape == (12, env.obs_size) == (12, 12 + 2 + 3)
+    assert len(env.names) == 6 and first.obs.shape == (12, 12 + 2 + 3)
 
 
 # ---- the tasks themselves
@@ -356,7 +356,8 @@ def test_without_projection_a_task_of_gymnax_is_the_raw_one_step_by_step(name):
         assert here.mean() > 0.8
     assert_shown(now.final_obs[here], obs[..., seen][here])
     assert_close(now.raw_reward, reward / (200 if name == "cartpole-positions" else 1))
-    np.testing.assert_array_equal(now.done, terminated | (now.episode_length == task.episode_length))
+    limit = played.states[0].episode_length + 1 == task.episode_length
+    np.testing.assert_array_equal(now.done, terminated | limit)
     assert now.done.any() == (name != "mountain-car")
     # Every step goes on from the last, or from a new start, and the agent sees which.
     goes_on = (here & ~now.done)[:-1]
@@ -390,12 +391,13 @@ def test_a_task_whose_actions_no_sign_can_pick_is_refused(monkeypatch):
 
 def test_the_tables_name_known_tasks_and_hold_some_out():
     for suite in SUITES.values():
-        assert set(suite.train_tasks + suite.held_out_tasks) <= set(TASKS)
-        assert not set(suite.train_tasks) & set(suite.held_out_tasks)
-        assert bool(suite.trial_length) != bool(suite.trial_episodes)
-        physics = [(TASKS[name].env_id, str(TASKS[name].params)) for name in suite.train_tasks + suite.held_out_tasks]
+        names = suite["train_tasks"] + suite["held_out_tasks"]
+        assert set(names) <= set(TASKS)
+        assert not set(suite["train_tasks"]) & set(suite["held_out_tasks"])
+        assert bool(suite["trial_length"]) != bool(suite["trial_episodes"])
+        physics = [(TASKS[name].env_id, str(TASKS[name].params)) for name in names]
         assert len(set(physics)) == len(physics)  # nor is one task held out under another name
-    assert SUITES["classic"].held_out_tasks and SUITES["locomotion"].held_out_tasks
+    assert SUITES["classic"]["held_out_tasks"] and SUITES["locomotion"]["held_out_tasks"]
 
 
 def test_held_out_tasks_never_reach_training(monkeypatch):

@@ -301,6 +301,19 @@ def test_a_refused_run_leaves_nothing(tmp_path):
 
 
 # ---- flags
+def test_a_run_without_a_checkpoint_or_of_another_version_is_refused(monkeypatch, capsys, tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    for stored, flag, named in (
+        (dataclasses.asdict(Args()), "--eval-only", "no checkpoint yet"),
+        ({"seed": 0}, "--resume", "another version"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"args": stored}))
+        monkeypatch.setattr(sys, "argv", ["s5_ppo_meta.py", flag, str(tmp_path)])
+        with pytest.raises(SystemExit) as refusal:
+            setup()
+        assert_refused(refusal.value.code, capsys.readouterr().err, flag, named)
+
+
 def test_training_has_the_tasks_to_train_on_and_evaluation_the_held_out_ones_too(monkeypatch):
     flags = "--train-tasks pendulum cartpole --held-out-tasks mountain-car"
     monkeypatch.setattr(sys, "argv", ["s5_ppo_meta.py", *flags.split()])
@@ -315,17 +328,17 @@ def test_training_has_the_tasks_to_train_on_and_evaluation_the_held_out_ones_too
 def test_a_suite_gives_what_no_flag_overrides(suite):
     args = Args(suite=suite)
     args.check()
-    assert (args.trial_length, args.trial_episodes) == SUITES[suite][-2:]
+    assert SUITES[suite].items() <= dataclasses.asdict(args).items()
     assert Args(suite=suite, trial_length=70).trial_episodes == Args(suite=suite, trial_episodes=5).trial_length == 0
     args = Args(suite=suite, projected_obs_size=99)
     assert args.projected_obs_size == 99
-    assert (args.train_tasks, args.held_out_tasks) == (SUITES[suite].train_tasks, SUITES[suite].held_out_tasks)
+    assert (args.train_tasks, args.held_out_tasks) == (SUITES[suite]["train_tasks"], SUITES[suite]["held_out_tasks"])
     assert args.eval_trial_length == 2 * (args.trial_length or args.trial_episodes)
 
 
 def test_an_evaluation_alone_keeps_what_the_run_had_unless_told_otherwise(monkeypatch, tmp_path):
     stored = Args(train_tasks=("pendulum",), trial_length=70, trial_episodes=0, eval_trials=5, d_model=24, num_envs=16)
-    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "1").mkdir(parents=True)
     (tmp_path / "config.json").write_text(json.dumps({"args": dataclasses.asdict(stored)}))
     given = (("", 5, 140), ("--eval-trials 7", 7, 140), ("--eval-trial-length 90", 5, 90))
     defaults = Args().eval_trials, Args().eval_trial_length  # given, they count as any other value does

@@ -27,8 +27,7 @@ TASK = MODEL | {
     "TrainState": "the spread of each task's returns",
     "ppo_loss": "as ActorCritic",
     "make_train": "as TrainState",
-    "EvalState": "greedy episodes, or trials with three kinds of memory",
-    "evaluate": "as EvalState",
+    "evaluate": "greedy episodes, or trials with three kinds of memory",
     "setup": "--eval-only",
     "main": "what is evaluated",
 }
