@@ -337,7 +337,7 @@ def test_a_suite_gives_what_no_flag_overrides(suite):
 
 
 def test_an_evaluation_alone_keeps_what_the_run_had_unless_told_otherwise(monkeypatch, tmp_path):
-    stored = Args(train_tasks=("pendulum",), trial_length=70, trial_episodes=0, eval_trials=5, d_model=24, num_envs=16)
+    stored = Args(train_tasks=("pendulum",), trial_length=70, trial_episodes=0, eval_trials=5, d_model=24, num_envs=32)
     (tmp_path / "checkpoint" / "1").mkdir(parents=True)
     (tmp_path / "config.json").write_text(json.dumps({"args": dataclasses.asdict(stored)}))
     given = (("", 5, 140), ("--eval-trials 7", 7, 140), ("--eval-trial-length 90", 5, 90))
