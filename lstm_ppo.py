@@ -1,25 +1,15 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "brax>=0.14.2,<0.15",
-#     "flax>=0.12,<0.13",
-#     "gymnax>=1.0.1,<1.1",
-#     "jax>=0.10,<0.12",
-#     "matplotlib>=3.9,<4",
-#     "numpy>=2,<3",
-#     "optax>=0.2.5,<0.3",
-#     "orbax-checkpoint>=0.11,<0.13",
-#     "rich>=13,<16",
-#     "scipy>=1.13,<2",
-#     "six>=1.16",
-#     "tensorboardX>=2.6,<3",
-#     "tyro>=1,<2",
+#     "brax>=0.14.2,<0.15", "flax>=0.12,<0.13", "gymnax>=1.0.1,<1.1", "jax>=0.10,<0.12", "matplotlib>=3.9,<4",
+#     "numpy>=2,<3", "optax>=0.2.5,<0.3", "orbax-checkpoint>=0.11,<0.13", "rich>=13,<16", "scipy>=1.13,<2",
+#     "six>=1.16", "tensorboardX>=2.6,<3", "tyro>=1,<2",
 # ]
 # ///
 """LSTM and PPO on bsuite's memory length: what resettable S5 is up against (Lu et al. 2023, arXiv 2303.03982).
 
-The agent sees a cue, +1 or -1, at the start of an episode, then only a countdown for --memory-length steps, and must
-answer with the cue at its end. All is as in s5_ppo_memory.py, the width, the wiring of the blocks, the heads and the
+The agent sees a cue, +1 or -1, at the start of an episode, then only a countdown, and after --memory-length steps must
+answer with the cue. All is as in s5_ppo_memory.py, the width, the wiring of the blocks, the heads and the
 PPO, but that an LSTM takes the place of S5: `diff s5_ppo_memory.py lstm_ppo.py` shows this text, the flags and checks
 of the sequence model, and the sequence model.
 
@@ -53,12 +43,12 @@ import importlib.util
 import io
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -71,7 +61,7 @@ import optax
 import tyro
 from jax.flatten_util import ravel_pytree
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 
@@ -120,7 +110,7 @@ class Args:
     hidden_size: int = 28
     """H, units of a block's LSTM; with 28 the network has as many parameters as the S5 one, within 10 %"""
     max_timescale: float = 2000.0
-    """forget gates begin with time scales of 2 to this many environment steps; at 2 their biases begin at zero"""
+    """forget and input gates begin with time scales of 2 to this many steps; at 2 their biases begin at zero"""
 
     # ---- actor and critic
     encoder_size: int = 128
@@ -161,23 +151,17 @@ class Args:
         return self.num_envs * self.num_steps
 
     @property
-    def updates_per_call(self) -> int:
-        return min(self.log_interval, -(-self.total_timesteps // self.batch_size))
-
-    @property
     def num_updates(self) -> int:
-        """Updates that really run: total_timesteps, rounded up to whole calls."""
-        return -(-self.total_timesteps // (self.batch_size * self.updates_per_call)) * self.updates_per_call
+        """Updates that really run: total_timesteps, rounded up to whole log intervals."""
+        return -(-self.total_timesteps // (self.batch_size * self.log_interval)) * self.log_interval
 
     def check(self) -> None:
         """Raises ValueError, in one line, for values that cannot work."""
         may_be_zero = ("seed", "checkpoint_interval", "num_layers", "gamma", "gae_lambda", "ent_coef", "vf_coef")
         for f in dataclasses.fields(self):
             flag, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
-            if f.type in (int, float) and (value < 0 or (value == 0 and f.name not in may_be_zero)):
-                raise ValueError(
-                    f"{flag} {value} is too small: use {'0 or more' if f.name in may_be_zero else 'more than 0'}"
-                )
+            if f.type in (int, float) and not (value > 0 or (value == 0 and f.name in may_be_zero)):  # or it is NaN
+                raise ValueError(f"{flag} {value}: use {'0 or more' if f.name in may_be_zero else 'more than 0'}")
             if f.name in ("gamma", "gae_lambda") and value > 1:
                 raise ValueError(f"{flag} {value} is too large: use 1 or less")
         if self.max_timescale < 2:
@@ -229,21 +213,18 @@ class Environment:
     def __init__(self, args: Args):
         import gymnax  # here, since it takes three seconds: the flags have been checked by now
 
-        memory_chain = args.env_id == "MemoryChain-bsuite"
         if args.env_id not in gymnax.registered_envs:
             raise ValueError(f"--env-id {args.env_id} is unknown: use one of {', '.join(gymnax.registered_envs)}")
         try:
             self.env, params = gymnax.make(args.env_id)
         except OSError as error:
-            raise ValueError(
-                f"--env-id {args.env_id} needs data that could not be loaded ({error}): choose another"
-            ) from None
+            raise ValueError(f"--env-id {args.env_id} needs data that could not be loaded: {error}") from None
         fields = [f.name for f in dataclasses.fields(params)]
         unknown = [name for name in args.env_params if name not in fields]
         if unknown:
             raise ValueError(f"--env-params {unknown[0]} is no field of {args.env_id}: use {', '.join(fields)}")
-        overrides = dict(args.env_params)
-        if memory_chain:
+        overrides = args.env_params
+        if args.env_id == "MemoryChain-bsuite":
             if "memory_length" in overrides:
                 raise ValueError("--env-params memory_length has a flag of its own: use --memory-length")
             # The default limit of 1,000 steps would end longer memories before their question.
@@ -253,9 +234,7 @@ class Environment:
 
         observation, action = self.env.observation_space(self.params), self.env.action_space(self.params)
         if len(observation.shape) != 1:
-            raise ValueError(
-                f"--env-id {args.env_id} observes an array of shape {observation.shape}: choose one with a flat Box"
-            )
+            raise ValueError(f"--env-id {args.env_id} observes shape {observation.shape}: choose one with a flat Box")
         if not hasattr(action, "n"):
             raise ValueError(f"--env-id {args.env_id} has continuous actions: choose one with Discrete actions")
         self.num_actions = action.n
@@ -269,9 +248,9 @@ class Environment:
 
     def reset(self, key, params, num_envs) -> tuple[EnvState, Timestep]:
         obs, inner = jax.vmap(self.env.reset, (0, None))(jax.random.split(key, num_envs), params)
-        zero, false, steps = jnp.zeros(num_envs), jnp.zeros(num_envs, bool), jnp.zeros(num_envs, jnp.int32)
-        obs = self.agent_obs(obs, steps, zero, ~false)
-        return EnvState(inner, zero, steps), Timestep(obs, ~false, zero, false, false, obs, zero, steps)
+        zero, count, true = jnp.zeros(num_envs), jnp.zeros(num_envs, jnp.int32), jnp.ones(num_envs, bool)
+        obs = self.agent_obs(obs, count, zero, true)  # whatever the action: it is hidden at a reset
+        return EnvState(inner, zero, count), Timestep(obs, true, zero, ~true, ~true, obs, zero, count)
 
     def step(self, key, state, action, params) -> tuple[EnvState, Timestep]:
         """Steps all N environments with action (N,) int32; those that end start anew, each from a fresh state."""
@@ -306,18 +285,18 @@ class LSTM(nn.Module):
     @nn.compact
     def __call__(self, state, u, reset):
         (T, N, D), H = u.shape, self.args.hidden_size
-        # Used as a pure function (parent=None): flax modules cannot be called inside jax.lax.scan.
+        # Used as a pure function (parent=None), its weights kept by `param` below: a scan cannot call flax's modules.
         cell = nn.OptimizedLSTMCell(H, parent=None)
 
         def init_cell(key):
             cell_key, timescale_key = jax.random.split(key)
-            params = cell.init(cell_key, state, u[0])["params"]
+            params = cell.init(cell_key, state, u[0])["params"]  # which goes by the shapes of state and u alone
             # A forget gate of 1 - 1/s lets the cell decay to 1/e in about s steps, and an input gate of 1/s fills it as
             # slowly (Tallec & Ollivier 2018; there s is uniform, here log-uniform). sigmoid(log(s - 1)) is 1 - 1/s.
             # With biases of zero s is 2, and no gradient comes back from 100 steps later.
             log_s = jax.random.uniform(timescale_key, (H,), minval=np.log(2), maxval=np.log(self.args.max_timescale))
-            bias = jnp.log(jnp.exp(log_s) - 1)
-            params["hf"]["bias"], params["hi"]["bias"] = bias, -bias  # flax keeps gates' biases with recurrent weights
+            bias = jnp.log(jnp.expm1(log_s))
+            params["hf"]["bias"], params["hi"]["bias"] = bias, -bias  # h: recurrent weights, and biases
             return params
 
         params = self.param("cell", init_cell)
@@ -468,7 +447,7 @@ def learning_rate_schedule(args):
 
 
 def make_train(args, env):
-    """Two pure functions: `init(key)` gives a TrainState; `train(state)` runs updates_per_call updates on it.
+    """Two pure functions: `init(key)` gives a TrainState; `train(state)` runs log_interval updates on it.
 
     Both are one program for all devices (SPMD): each device steps and learns from its own share of the environments,
     whose advantages it normalises, and averages its gradients with the others', so that all have the same parameters.
@@ -512,7 +491,7 @@ def make_train(args, env):
         key, device_key = jax.random.split(state.key)
         device_key = jax.random.fold_in(device_key, jax.lax.axis_index("devices"))
         act_key, *epoch_keys = jax.random.split(device_key, 1 + args.update_epochs)
-        ent_coef = args.ent_coef * (1 - state.num_updates / args.num_updates if args.anneal_ent_coef else 1)
+        ent_coef = args.ent_coef * ((1 - state.num_updates / args.num_updates) if args.anneal_ent_coef else 1)
         first_carry = state.carry  # as acting left it; each pass over the rollout starts from it again
         state, (batch, episodes) = jax.lax.scan(act, state, jax.random.split(act_key, args.num_steps))
         _, _, last_value = network.apply(state.params, state.carry, state.obs[None], state.reset[None])
@@ -540,7 +519,7 @@ def make_train(args, env):
 
     def train(state: TrainState) -> tuple[TrainState, dict]:
         """Metrics are means over updates, or over all episodes that ended, NaN if none did."""
-        state, (losses, episodes) = jax.lax.scan(update, state, length=args.updates_per_call)
+        state, (losses, episodes) = jax.lax.scan(update, state, length=args.log_interval)
         metrics = jax.lax.pmean(jax.tree.map(jnp.mean, losses), "devices")
         sums = jax.lax.psum(jax.tree.map(jnp.sum, episodes), "devices")
         count = metrics["charts/episodes"] = sums.pop("charts/episodes")
@@ -597,25 +576,24 @@ def evaluate(params, key, env_params, greedy, args, env):
 
 # ==== Run directory ===================================================================================================
 def new_run_dir(args, task) -> Path:
-    run_dir = Path("runs") / f"{Path(__file__).stem}__{task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # to the microsecond, for runs that a loop starts at once
+    run_dir = Path("runs") / f"{Path(__file__).stem}__{task}__{args.seed}__{now}"
     run_dir.mkdir(parents=True)
-    here = Path(__file__).resolve().parent
-    git = shutil.which("git") and subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-    )
+    failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
+    packages = [name for name in ("jax", "flax", "optax", "gymnax", "brax") if name in sys.modules]
     config = {
         "args": dataclasses.asdict(args) | {"resume": None},
         "command": " ".join(sys.argv),
         "device": jax.devices()[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "gymnax", "brax")},
-        "git_commit": git.stdout.strip() if git else None,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "git_commit": None if failed else commit,
     }
     (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return run_dir
 
 
 class MetricsLog:
-    """Appends a row a call and seed to metrics.csv, TensorBoard and, with --track, Weights & Biases."""
+    """Appends a row per call and seed to metrics.csv, TensorBoard and, with --track, Weights & Biases."""
 
     def __init__(self, run_dir, args, last_update):
         from tensorboardX import SummaryWriter
@@ -639,7 +617,9 @@ class MetricsLog:
         gradient_steps = update * args.update_epochs * args.num_minibatches
         for i, writer in enumerate(self.writers):
             row = {name: float(values[i]) for name, values in metrics.items()}
-            row = {name: None if np.isnan(value) else value for name, value in row.items()}  # nothing ended: no number
+            row = {
+                name: None if np.isnan(value) else value for name, value in row.items()
+            }  # no episode ended: no number
             row["charts/learning_rate"] = float(learning_rate_schedule(args)(gradient_steps - 1))
             row["charts/SPS"] = round(steps_per_second)
             with self.path.open("a", newline="") as f:
@@ -664,28 +644,25 @@ class MetricsLog:
 
 def plot_learning_curve(run_dir, args, metric, baseline, baseline_label):
     """learning_curve.png from metrics.csv: mean over seeds of a metric, its 95 % interval (Student's t), each seed."""
-    import matplotlib
+    from matplotlib.figure import Figure
     from scipy import stats
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
     with (run_dir / "metrics.csv").open(newline="") as f:
         rows = [(float(row["global_step"]), float(row[metric] or "nan")) for row in csv.DictReader(f)]
     curve = np.array(rows).reshape(-1, args.num_seeds, 2)  # (calls, seeds, step and return)
-    curve = curve[~np.isnan(curve).any(axis=(1, 2))]  # leave out where no episode ended
+    curve = curve[~np.isnan(curve).any(axis=(1, 2))]  # leave out calls in which no episode of some seed ended
     steps, returns, mean = curve[:, 0, 0], curve[..., 1], curve[..., 1].mean(axis=1)
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    fig = Figure(figsize=(6, 4), layout="constrained")
+    ax = fig.subplots()
     if args.num_seeds > 1:
         half = stats.sem(returns, axis=1) * stats.t.ppf(0.975, args.num_seeds - 1)
         ax.plot(steps, returns, color="C0", alpha=0.3, linewidth=0.8)
         ax.fill_between(steps, mean - half, mean + half, color="C0", alpha=0.2, linewidth=0, label="95 % interval")
-    ax.plot(steps, mean, color="C0", label=f"mean of {args.num_seeds} seed(s)")
+    ax.plot(steps, mean, color="C0", marker=".", label=f"mean of {args.num_seeds} seed(s)")
     ax.axhline(baseline, color="grey", linestyle="--", linewidth=1, label=baseline_label)
     ax.set(xlabel="environment steps", ylabel=metric, title=run_dir.name.rsplit("__", 2)[0])
     ax.legend()
     fig.savefig(run_dir / "learning_curve.png", dpi=150)
-    plt.close(fig)
 
 
 # ==== Main ============================================================================================================
@@ -713,18 +690,21 @@ def setup() -> tuple[Args, Environment]:
     args = parse_flags()
     try:
         if args.resume:
-            words = {word.split("=")[0].replace("_", "-") for word in sys.argv}
-            flags = {f.name: f.name.replace("_", "-") for f in dataclasses.fields(args)}
-            given = {name: getattr(args, name) for name, flag in flags.items() if words & {"--" + flag, "--no-" + flag}}
-            if foreign := [f"--{flags[name]}" for name in given if name not in ("resume", "total_timesteps")]:
+            given = {word.split("=")[0].replace("_", "-") for word in sys.argv[1:] if word.startswith("--")}
+            if foreign := sorted(given - {"--resume", "--total-timesteps"}):
                 raise ValueError(f"--resume keeps the run's own flags: drop {' '.join(foreign)}")
             config = args.resume / "config.json"
             if not config.is_file() or not (args.resume / "checkpoint").is_dir():
-                raise ValueError(
-                    f"--resume {args.resume} holds no config.json and checkpoint/: name a run directory under runs/"
-                )
+                raise ValueError(f"--resume {args.resume} holds no config.json and checkpoint/: name a run in runs/")
             stored = json.loads(config.read_text())
-            args = Args(**stored["args"] | given)
+            if stored["args"].keys() != dataclasses.asdict(args).keys():
+                raise ValueError(f"--resume {args.resume} is of another script, or version (git_commit in config.json)")
+            longer = {"total_timesteps": args.total_timesteps} if "--total-timesteps" in given else {}
+            args = Args(**stored["args"] | {"resume": args.resume} | longer)
+            if args.total_timesteps < (before := stored["args"]["total_timesteps"]):
+                raise ValueError(
+                    f"--total-timesteps {args.total_timesteps} is less than the run's own: use {before} or more"
+                )
         args.check()
         if args.track and not importlib.util.find_spec("wandb"):
             raise ValueError("--track needs Weights & Biases, which is not installed: pip install wandb")
@@ -754,9 +734,8 @@ def main():
 
     init, train = make_train(args, env)
     state = jax.jit(over_seeds(init, args))(keys)
-    checkpoints = ocp.CheckpointManager(
-        (run_dir / "checkpoint").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1)
-    )
+    options = ocp.CheckpointManagerOptions(max_to_keep=1)
+    checkpoints = ocp.CheckpointManager((run_dir / "checkpoint").absolute(), options=options)
     update = checkpoints.latest_step() or 0
     if update:
         state = checkpoints.restore(update, args=ocp.args.StandardRestore(state))
@@ -766,26 +745,23 @@ def main():
         f"of {args.num_envs} x {args.num_steps}, {args.num_seeds} seed(s), {jax.devices()[0].device_kind}"
     )
 
-    # Ctrl-C and kill end the loop after the call in flight, so that nothing is lost.
-    signals = []
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
-
     compile_start = time.time()
     train = jax.jit(over_seeds(train, args), donate_argnums=0).lower(state).compile()
     compile_seconds = time.time() - compile_start
-    working = train.memory_analysis().temp_size_in_bytes / 2**20
-    console.print(f"compiled in {compile_seconds:.0f} s; needs {working:,.0f} MiB of memory beside the train state")
+    memory = train.memory_analysis()
+    working = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
+    console.print(f"compiled in {compile_seconds:.0f} s; needs {working:,.0f} MiB of memory, the train state included")
     # env_params are arguments of the compiled program: one compilation serves every memory length.
     eval_fn = jax.jit(jax.vmap(partial(evaluate, args=args, env=env), (0, 0, None, None)))
     eval_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)  # far from what init splits off
     zero_params = jax.tree.map(jnp.zeros_like, state.params)  # all logits equal: uniformly random actions
     chance = float(eval_fn(zero_params, eval_keys, env.params, False)[0].mean())
 
+    signals = []  # Ctrl-C and kill end the loop after the call in flight, so that nothing is lost
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
     log = MetricsLog(run_dir, args, update)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(console=console) as progress:
         bar = progress.add_task("", total=args.num_updates, completed=update)
         last_save = loop_start = time.time()
         device_seconds, first_update = 0.0, update
@@ -795,12 +771,20 @@ def main():
             metrics = jax.tree.map(np.asarray, metrics)  # waits for the device
             call_seconds = time.time() - call_start
             device_seconds += call_seconds
-            update += args.updates_per_call
-            steps_per_second = args.updates_per_call * args.batch_size * args.num_seeds / call_seconds
+            if not np.isfinite(metrics["losses/grad_norm"]).all():
+                raise SystemExit(
+                    f"error: the gradient was not finite after update {update}; the checkpoint of update "
+                    f"{checkpoints.latest_step() or 0} is kept: try --resume {run_dir}, or a smaller --learning-rate"
+                )
+            update += args.log_interval
+            steps_per_second = args.log_interval * args.batch_size * args.num_seeds / call_seconds
             log.write(update, metrics, steps_per_second)
             score = metrics["charts/episodic_return"].mean()
             score = "–" if np.isnan(score) else f"{score:.2f}"
-            progress.update(bar, completed=update, description=f"return {score}  {steps_per_second:,.0f} steps/s")
+            status = f"return {score}  {steps_per_second:,.0f} steps/s"
+            progress.update(bar, completed=update, description=status)
+            if not console.is_terminal:  # where no bar can be drawn, as in the log of a batch job
+                console.print(f"update {update:,} of {args.num_updates:,}: {status}")
             if time.time() - last_save > args.checkpoint_interval and update < args.num_updates:
                 checkpoints.save(update, args=ocp.args.StandardSave(state))
                 last_save = time.time()
@@ -814,7 +798,8 @@ def main():
     if update:
         plot_learning_curve(run_dir, args, "charts/episodic_return", chance, "chance: uniformly random actions")
     if update < args.num_updates:
-        console.print(f"stopped after update {update}; continue with: python {sys.argv[0]} --resume {run_dir}")
+        how = f"python {sys.argv[0]} --resume {run_dir}"
+        console.print(f"stopped after update {update}; continue with: {how}", soft_wrap=True)
         raise SystemExit(128 + signals[0])
 
     # The memory task is also asked at lengths it was not trained on.
@@ -843,9 +828,8 @@ def main():
         "host_share": 1 - device_seconds / loop_seconds if steps else 0.0,
     }
     console.print("  ".join(f"{name} {value:,.3g}" for name, value in timing.items()))
-    (run_dir / "eval.json").write_text(
-        json.dumps({"chance_return": chance, "results": results} | timing, indent=2) + "\n"
-    )
+    evaluation = {"chance_return": chance, "results": results} | timing
+    (run_dir / "eval.json").write_text(json.dumps(evaluation, indent=2) + "\n")
 
 
 if __name__ == "__main__":

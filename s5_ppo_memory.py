@@ -1,29 +1,19 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "brax>=0.14.2,<0.15",
-#     "flax>=0.12,<0.13",
-#     "gymnax>=1.0.1,<1.1",
-#     "jax>=0.10,<0.12",
-#     "matplotlib>=3.9,<4",
-#     "numpy>=2,<3",
-#     "optax>=0.2.5,<0.3",
-#     "orbax-checkpoint>=0.11,<0.13",
-#     "rich>=13,<16",
-#     "scipy>=1.13,<2",
-#     "six>=1.16",
-#     "tensorboardX>=2.6,<3",
-#     "tyro>=1,<2",
+#     "brax>=0.14.2,<0.15", "flax>=0.12,<0.13", "gymnax>=1.0.1,<1.1", "jax>=0.10,<0.12", "matplotlib>=3.9,<4",
+#     "numpy>=2,<3", "optax>=0.2.5,<0.3", "orbax-checkpoint>=0.11,<0.13", "rich>=13,<16", "scipy>=1.13,<2",
+#     "six>=1.16", "tensorboardX>=2.6,<3", "tyro>=1,<2",
 # ]
 # ///
 """Resettable S5 and PPO solve bsuite's memory length (Lu et al. 2023, arXiv 2303.03982).
 
-The agent sees a cue, +1 or -1, at the start of an episode, then only a countdown for --memory-length steps, and must
-answer with the cue at its end. Its memory is S5, a linear state space layer whose state can be started from a stored
+The agent sees a cue, +1 or -1, at the start of an episode, then only a countdown, and after --memory-length steps must
+answer with the cue. Its memory is S5, a linear state space layer whose state can be started from a stored
 value and reset in the middle of a parallel scan: PPO learns from whole rollouts, whatever episodes begin and end there.
 
-    python s5_ppo_memory.py                        # length 128, one minute on a laptop's CPU
-    python benchmarks/memory_length.py             # the paper's figure; its `flags` are those for long memories
+    python s5_ppo_memory.py                        # length 128, under a minute on two CPU cores
+    python benchmarks/memory_length.py             # the paper's figure, 8 hours; prints the flags for long memories
     python s5_ppo_memory.py --env-id CartPole-v1   # any gymnax environment with a flat Box and Discrete actions
     python s5_ppo_memory.py --resume runs/RUN      # goes on after Ctrl-C or a kill
 
@@ -38,7 +28,8 @@ Where this departs from the paper, and why:
   same states as the paper's three-element operator (tests/test_s5.py compares them) for less work.
 - The input is scaled to unit variance, sqrt(1 - |a_bar|^2), as in the Linear Recurrent Unit (Orvieto et al. 2023), not
   by zero-order hold, which scales it by about Δ, least for the slowest states; --zoh brings that back. At length 128
-  both answer every question right (benchmarks/first_minute.csv); longer memories have not been compared yet.
+  both answer every question right, with five seeds and three (benchmarks/first_minute.csv); longer memories have not
+  been compared yet.
 - The agent also sees its previous action and reward, both zero at the start of each episode, and a reset flag.
 - The critic's last layer starts near zero: see ActorCritic.
 """
@@ -51,12 +42,12 @@ import importlib.util
 import io
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -69,7 +60,7 @@ import optax
 import tyro
 from jax.flatten_util import ravel_pytree
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 
@@ -163,23 +154,17 @@ class Args:
         return self.num_envs * self.num_steps
 
     @property
-    def updates_per_call(self) -> int:
-        return min(self.log_interval, -(-self.total_timesteps // self.batch_size))
-
-    @property
     def num_updates(self) -> int:
-        """Updates that really run: total_timesteps, rounded up to whole calls."""
-        return -(-self.total_timesteps // (self.batch_size * self.updates_per_call)) * self.updates_per_call
+        """Updates that really run: total_timesteps, rounded up to whole log intervals."""
+        return -(-self.total_timesteps // (self.batch_size * self.log_interval)) * self.log_interval
 
     def check(self) -> None:
         """Raises ValueError, in one line, for values that cannot work."""
         may_be_zero = ("seed", "checkpoint_interval", "num_layers", "gamma", "gae_lambda", "ent_coef", "vf_coef")
         for f in dataclasses.fields(self):
             flag, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
-            if f.type in (int, float) and (value < 0 or (value == 0 and f.name not in may_be_zero)):
-                raise ValueError(
-                    f"{flag} {value} is too small: use {'0 or more' if f.name in may_be_zero else 'more than 0'}"
-                )
+            if f.type in (int, float) and not (value > 0 or (value == 0 and f.name in may_be_zero)):  # or it is NaN
+                raise ValueError(f"{flag} {value}: use {'0 or more' if f.name in may_be_zero else 'more than 0'}")
             if f.name in ("gamma", "gae_lambda") and value > 1:
                 raise ValueError(f"{flag} {value} is too large: use 1 or less")
         if self.dt_max < self.dt_min:
@@ -231,21 +216,18 @@ class Environment:
     def __init__(self, args: Args):
         import gymnax  # here, since it takes three seconds: the flags have been checked by now
 
-        memory_chain = args.env_id == "MemoryChain-bsuite"
         if args.env_id not in gymnax.registered_envs:
             raise ValueError(f"--env-id {args.env_id} is unknown: use one of {', '.join(gymnax.registered_envs)}")
         try:
             self.env, params = gymnax.make(args.env_id)
         except OSError as error:
-            raise ValueError(
-                f"--env-id {args.env_id} needs data that could not be loaded ({error}): choose another"
-            ) from None
+            raise ValueError(f"--env-id {args.env_id} needs data that could not be loaded: {error}") from None
         fields = [f.name for f in dataclasses.fields(params)]
         unknown = [name for name in args.env_params if name not in fields]
         if unknown:
             raise ValueError(f"--env-params {unknown[0]} is no field of {args.env_id}: use {', '.join(fields)}")
-        overrides = dict(args.env_params)
-        if memory_chain:
+        overrides = args.env_params
+        if args.env_id == "MemoryChain-bsuite":
             if "memory_length" in overrides:
                 raise ValueError("--env-params memory_length has a flag of its own: use --memory-length")
             # The default limit of 1,000 steps would end longer memories before their question.
@@ -255,9 +237,7 @@ class Environment:
 
         observation, action = self.env.observation_space(self.params), self.env.action_space(self.params)
         if len(observation.shape) != 1:
-            raise ValueError(
-                f"--env-id {args.env_id} observes an array of shape {observation.shape}: choose one with a flat Box"
-            )
+            raise ValueError(f"--env-id {args.env_id} observes shape {observation.shape}: choose one with a flat Box")
         if not hasattr(action, "n"):
             raise ValueError(f"--env-id {args.env_id} has continuous actions: choose one with Discrete actions")
         self.num_actions = action.n
@@ -271,9 +251,9 @@ class Environment:
 
     def reset(self, key, params, num_envs) -> tuple[EnvState, Timestep]:
         obs, inner = jax.vmap(self.env.reset, (0, None))(jax.random.split(key, num_envs), params)
-        zero, false, steps = jnp.zeros(num_envs), jnp.zeros(num_envs, bool), jnp.zeros(num_envs, jnp.int32)
-        obs = self.agent_obs(obs, steps, zero, ~false)
-        return EnvState(inner, zero, steps), Timestep(obs, ~false, zero, false, false, obs, zero, steps)
+        zero, count, true = jnp.zeros(num_envs), jnp.zeros(num_envs, jnp.int32), jnp.ones(num_envs, bool)
+        obs = self.agent_obs(obs, count, zero, true)  # whatever the action: it is hidden at a reset
+        return EnvState(inner, zero, count), Timestep(obs, true, zero, ~true, ~true, obs, zero, count)
 
     def step(self, key, state, action, params) -> tuple[EnvState, Timestep]:
         """Steps all N environments with action (N,) int32; those that end start anew, each from a fresh state."""
@@ -352,7 +332,7 @@ def s5_scan_forward(a_bar, bu, reset, state, parallel):
 
 def s5_scan_backward(parallel, residuals, grad_x):
     a_bar, reset, state, x = residuals
-    # The chain rule: grad_bu_t = grad_x_t + a_bar (1 - reset_{t+1}) grad_bu_{t+1}. JAX's convention has no conjugates.
+    # The chain rule: grad_bu_t = grad_x_t + a_bar (1 - reset_{t+1}) grad_bu_{t+1}, in JAX without conjugates.
     next_reset = jnp.concatenate([reset[1:], jnp.ones_like(reset[:1])])  # nothing comes after the last step
     grad_bu = linear_recurrence(a_bar, grad_x, next_reset, jnp.zeros_like(state), parallel, reverse=True)
     carried = jnp.where(reset[..., None], 0.0, grad_bu)  # (T, N, P), what flows on to x_{t-1}
@@ -377,8 +357,8 @@ class S5(nn.Module):
         (T, N, D), P = u.shape, self.args.state_size
         hippo, vectors = hippo_normal(P)
 
-        # B and C start real and are turned into the eigenbasis. Real and imaginary parts are separate real parameters:
-        # the optimiser never sees a complex gradient, and products of real matrices are faster.
+        # B and C start real and are turned into the eigenbasis. They are stored transposed, real and imaginary parts
+        # apart: the optimiser never sees a complex gradient, and products of real matrices are faster.
         def init_b(key):
             b = vectors.conj().T @ jax.random.normal(key, (2 * P, D)) / np.sqrt(D)  # (P, D)
             return jnp.stack([b.real.T, b.imag.T])  # (2, D, P)
@@ -548,7 +528,7 @@ def learning_rate_schedule(args):
 
 
 def make_train(args, env):
-    """Two pure functions: `init(key)` gives a TrainState; `train(state)` runs updates_per_call updates on it.
+    """Two pure functions: `init(key)` gives a TrainState; `train(state)` runs log_interval updates on it.
 
     Both are one program for all devices (SPMD): each device steps and learns from its own share of the environments,
     whose advantages it normalises, and averages its gradients with the others', so that all have the same parameters.
@@ -592,7 +572,7 @@ def make_train(args, env):
         key, device_key = jax.random.split(state.key)
         device_key = jax.random.fold_in(device_key, jax.lax.axis_index("devices"))
         act_key, *epoch_keys = jax.random.split(device_key, 1 + args.update_epochs)
-        ent_coef = args.ent_coef * (1 - state.num_updates / args.num_updates if args.anneal_ent_coef else 1)
+        ent_coef = args.ent_coef * ((1 - state.num_updates / args.num_updates) if args.anneal_ent_coef else 1)
         first_carry = state.carry  # as acting left it; each pass over the rollout starts from it again
         state, (batch, episodes) = jax.lax.scan(act, state, jax.random.split(act_key, args.num_steps))
         _, _, last_value = network.apply(state.params, state.carry, state.obs[None], state.reset[None])
@@ -620,7 +600,7 @@ def make_train(args, env):
 
     def train(state: TrainState) -> tuple[TrainState, dict]:
         """Metrics are means over updates, or over all episodes that ended, NaN if none did."""
-        state, (losses, episodes) = jax.lax.scan(update, state, length=args.updates_per_call)
+        state, (losses, episodes) = jax.lax.scan(update, state, length=args.log_interval)
         metrics = jax.lax.pmean(jax.tree.map(jnp.mean, losses), "devices")
         sums = jax.lax.psum(jax.tree.map(jnp.sum, episodes), "devices")
         count = metrics["charts/episodes"] = sums.pop("charts/episodes")
@@ -677,25 +657,24 @@ def evaluate(params, key, env_params, greedy, args, env):
 
 # ==== Run directory ===================================================================================================
 def new_run_dir(args, task) -> Path:
-    run_dir = Path("runs") / f"{Path(__file__).stem}__{task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # to the microsecond, for runs that a loop starts at once
+    run_dir = Path("runs") / f"{Path(__file__).stem}__{task}__{args.seed}__{now}"
     run_dir.mkdir(parents=True)
-    here = Path(__file__).resolve().parent
-    git = shutil.which("git") and subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-    )
+    failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
+    packages = [name for name in ("jax", "flax", "optax", "gymnax", "brax") if name in sys.modules]
     config = {
         "args": dataclasses.asdict(args) | {"resume": None},
         "command": " ".join(sys.argv),
         "device": jax.devices()[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "gymnax", "brax")},
-        "git_commit": git.stdout.strip() if git else None,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "git_commit": None if failed else commit,
     }
     (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return run_dir
 
 
 class MetricsLog:
-    """Appends a row a call and seed to metrics.csv, TensorBoard and, with --track, Weights & Biases."""
+    """Appends a row per call and seed to metrics.csv, TensorBoard and, with --track, Weights & Biases."""
 
     def __init__(self, run_dir, args, last_update):
         from tensorboardX import SummaryWriter
@@ -719,7 +698,9 @@ class MetricsLog:
         gradient_steps = update * args.update_epochs * args.num_minibatches
         for i, writer in enumerate(self.writers):
             row = {name: float(values[i]) for name, values in metrics.items()}
-            row = {name: None if np.isnan(value) else value for name, value in row.items()}  # nothing ended: no number
+            row = {
+                name: None if np.isnan(value) else value for name, value in row.items()
+            }  # no episode ended: no number
             row["charts/learning_rate"] = float(learning_rate_schedule(args)(gradient_steps - 1))
             row["charts/SPS"] = round(steps_per_second)
             with self.path.open("a", newline="") as f:
@@ -744,28 +725,25 @@ class MetricsLog:
 
 def plot_learning_curve(run_dir, args, metric, baseline, baseline_label):
     """learning_curve.png from metrics.csv: mean over seeds of a metric, its 95 % interval (Student's t), each seed."""
-    import matplotlib
+    from matplotlib.figure import Figure
     from scipy import stats
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
     with (run_dir / "metrics.csv").open(newline="") as f:
         rows = [(float(row["global_step"]), float(row[metric] or "nan")) for row in csv.DictReader(f)]
     curve = np.array(rows).reshape(-1, args.num_seeds, 2)  # (calls, seeds, step and return)
-    curve = curve[~np.isnan(curve).any(axis=(1, 2))]  # leave out where no episode ended
+    curve = curve[~np.isnan(curve).any(axis=(1, 2))]  # leave out calls in which no episode of some seed ended
     steps, returns, mean = curve[:, 0, 0], curve[..., 1], curve[..., 1].mean(axis=1)
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    fig = Figure(figsize=(6, 4), layout="constrained")
+    ax = fig.subplots()
     if args.num_seeds > 1:
         half = stats.sem(returns, axis=1) * stats.t.ppf(0.975, args.num_seeds - 1)
         ax.plot(steps, returns, color="C0", alpha=0.3, linewidth=0.8)
         ax.fill_between(steps, mean - half, mean + half, color="C0", alpha=0.2, linewidth=0, label="95 % interval")
-    ax.plot(steps, mean, color="C0", label=f"mean of {args.num_seeds} seed(s)")
+    ax.plot(steps, mean, color="C0", marker=".", label=f"mean of {args.num_seeds} seed(s)")
     ax.axhline(baseline, color="grey", linestyle="--", linewidth=1, label=baseline_label)
     ax.set(xlabel="environment steps", ylabel=metric, title=run_dir.name.rsplit("__", 2)[0])
     ax.legend()
     fig.savefig(run_dir / "learning_curve.png", dpi=150)
-    plt.close(fig)
 
 
 # ==== Main ============================================================================================================
@@ -793,18 +771,21 @@ def setup() -> tuple[Args, Environment]:
     args = parse_flags()
     try:
         if args.resume:
-            words = {word.split("=")[0].replace("_", "-") for word in sys.argv}
-            flags = {f.name: f.name.replace("_", "-") for f in dataclasses.fields(args)}
-            given = {name: getattr(args, name) for name, flag in flags.items() if words & {"--" + flag, "--no-" + flag}}
-            if foreign := [f"--{flags[name]}" for name in given if name not in ("resume", "total_timesteps")]:
+            given = {word.split("=")[0].replace("_", "-") for word in sys.argv[1:] if word.startswith("--")}
+            if foreign := sorted(given - {"--resume", "--total-timesteps"}):
                 raise ValueError(f"--resume keeps the run's own flags: drop {' '.join(foreign)}")
             config = args.resume / "config.json"
             if not config.is_file() or not (args.resume / "checkpoint").is_dir():
-                raise ValueError(
-                    f"--resume {args.resume} holds no config.json and checkpoint/: name a run directory under runs/"
-                )
+                raise ValueError(f"--resume {args.resume} holds no config.json and checkpoint/: name a run in runs/")
             stored = json.loads(config.read_text())
-            args = Args(**stored["args"] | given)
+            if stored["args"].keys() != dataclasses.asdict(args).keys():
+                raise ValueError(f"--resume {args.resume} is of another script, or version (git_commit in config.json)")
+            longer = {"total_timesteps": args.total_timesteps} if "--total-timesteps" in given else {}
+            args = Args(**stored["args"] | {"resume": args.resume} | longer)
+            if args.total_timesteps < (before := stored["args"]["total_timesteps"]):
+                raise ValueError(
+                    f"--total-timesteps {args.total_timesteps} is less than the run's own: use {before} or more"
+                )
         args.check()
         if args.track and not importlib.util.find_spec("wandb"):
             raise ValueError("--track needs Weights & Biases, which is not installed: pip install wandb")
@@ -834,9 +815,8 @@ def main():
 
     init, train = make_train(args, env)
     state = jax.jit(over_seeds(init, args))(keys)
-    checkpoints = ocp.CheckpointManager(
-        (run_dir / "checkpoint").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1)
-    )
+    options = ocp.CheckpointManagerOptions(max_to_keep=1)
+    checkpoints = ocp.CheckpointManager((run_dir / "checkpoint").absolute(), options=options)
     update = checkpoints.latest_step() or 0
     if update:
         state = checkpoints.restore(update, args=ocp.args.StandardRestore(state))
@@ -846,26 +826,23 @@ def main():
         f"of {args.num_envs} x {args.num_steps}, {args.num_seeds} seed(s), {jax.devices()[0].device_kind}"
     )
 
-    # Ctrl-C and kill end the loop after the call in flight, so that nothing is lost.
-    signals = []
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
-
     compile_start = time.time()
     train = jax.jit(over_seeds(train, args), donate_argnums=0).lower(state).compile()
     compile_seconds = time.time() - compile_start
-    working = train.memory_analysis().temp_size_in_bytes / 2**20
-    console.print(f"compiled in {compile_seconds:.0f} s; needs {working:,.0f} MiB of memory beside the train state")
+    memory = train.memory_analysis()
+    working = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
+    console.print(f"compiled in {compile_seconds:.0f} s; needs {working:,.0f} MiB of memory, the train state included")
     # env_params are arguments of the compiled program: one compilation serves every memory length.
     eval_fn = jax.jit(jax.vmap(partial(evaluate, args=args, env=env), (0, 0, None, None)))
     eval_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)  # far from what init splits off
     zero_params = jax.tree.map(jnp.zeros_like, state.params)  # all logits equal: uniformly random actions
     chance = float(eval_fn(zero_params, eval_keys, env.params, False)[0].mean())
 
+    signals = []  # Ctrl-C and kill end the loop after the call in flight, so that nothing is lost
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
     log = MetricsLog(run_dir, args, update)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(console=console) as progress:
         bar = progress.add_task("", total=args.num_updates, completed=update)
         last_save = loop_start = time.time()
         device_seconds, first_update = 0.0, update
@@ -875,12 +852,20 @@ def main():
             metrics = jax.tree.map(np.asarray, metrics)  # waits for the device
             call_seconds = time.time() - call_start
             device_seconds += call_seconds
-            update += args.updates_per_call
-            steps_per_second = args.updates_per_call * args.batch_size * args.num_seeds / call_seconds
+            if not np.isfinite(metrics["losses/grad_norm"]).all():
+                raise SystemExit(
+                    f"error: the gradient was not finite after update {update}; the checkpoint of update "
+                    f"{checkpoints.latest_step() or 0} is kept: try --resume {run_dir}, or a smaller --learning-rate"
+                )
+            update += args.log_interval
+            steps_per_second = args.log_interval * args.batch_size * args.num_seeds / call_seconds
             log.write(update, metrics, steps_per_second)
             score = metrics["charts/episodic_return"].mean()
             score = "–" if np.isnan(score) else f"{score:.2f}"
-            progress.update(bar, completed=update, description=f"return {score}  {steps_per_second:,.0f} steps/s")
+            status = f"return {score}  {steps_per_second:,.0f} steps/s"
+            progress.update(bar, completed=update, description=status)
+            if not console.is_terminal:  # where no bar can be drawn, as in the log of a batch job
+                console.print(f"update {update:,} of {args.num_updates:,}: {status}")
             if time.time() - last_save > args.checkpoint_interval and update < args.num_updates:
                 checkpoints.save(update, args=ocp.args.StandardSave(state))
                 last_save = time.time()
@@ -894,7 +879,8 @@ def main():
     if update:
         plot_learning_curve(run_dir, args, "charts/episodic_return", chance, "chance: uniformly random actions")
     if update < args.num_updates:
-        console.print(f"stopped after update {update}; continue with: python {sys.argv[0]} --resume {run_dir}")
+        how = f"python {sys.argv[0]} --resume {run_dir}"
+        console.print(f"stopped after update {update}; continue with: {how}", soft_wrap=True)
         raise SystemExit(128 + signals[0])
 
     # The memory task is also asked at lengths it was not trained on.
@@ -923,9 +909,8 @@ def main():
         "host_share": 1 - device_seconds / loop_seconds if steps else 0.0,
     }
     console.print("  ".join(f"{name} {value:,.3g}" for name, value in timing.items()))
-    (run_dir / "eval.json").write_text(
-        json.dumps({"chance_return": chance, "results": results} | timing, indent=2) + "\n"
-    )
+    evaluation = {"chance_return": chance, "results": results} | timing
+    (run_dir / "eval.json").write_text(json.dumps(evaluation, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "brax>=0.14.2,<0.15",
-#     "flax>=0.12,<0.13",
-#     "gymnax>=1.0.1,<1.1",
-#     "jax>=0.10,<0.12",
-#     "matplotlib>=3.9,<4",
-#     "numpy>=2,<3",
-#     "optax>=0.2.5,<0.3",
-#     "orbax-checkpoint>=0.11,<0.13",
-#     "rich>=13,<16",
-#     "scipy>=1.13,<2",
-#     "six>=1.16",
-#     "tensorboardX>=2.6,<3",
-#     "tyro>=1,<2",
+#     "brax>=0.14.2,<0.15", "flax>=0.12,<0.13", "gymnax>=1.0.1,<1.1", "jax>=0.10,<0.12", "matplotlib>=3.9,<4",
+#     "numpy>=2,<3", "optax>=0.2.5,<0.3", "orbax-checkpoint>=0.11,<0.13", "rich>=13,<16", "scipy>=1.13,<2",
+#     "six>=1.16", "tensorboardX>=2.6,<3", "tyro>=1,<2",
 # ]
 # ///
 """Resettable S5 and PPO learn to control unknown bodies within a trial (Lu et al. 2023, arXiv 2303.03982, section 5).
@@ -60,12 +50,12 @@ import importlib.util
 import io
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -78,7 +68,7 @@ import optax
 import tyro
 from jax.flatten_util import ravel_pytree
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 
@@ -271,13 +261,9 @@ class Args:
         return self.num_envs * self.num_steps
 
     @property
-    def updates_per_call(self) -> int:
-        return min(self.log_interval, -(-self.total_timesteps // self.batch_size))
-
-    @property
     def num_updates(self) -> int:
-        """Updates that really run: total_timesteps, rounded up to whole calls."""
-        return -(-self.total_timesteps // (self.batch_size * self.updates_per_call)) * self.updates_per_call
+        """Updates that really run: total_timesteps, rounded up to whole log intervals."""
+        return -(-self.total_timesteps // (self.batch_size * self.log_interval)) * self.log_interval
 
     def check(self) -> None:
         """Raises ValueError, in one line, for values that cannot work."""
@@ -285,10 +271,10 @@ class Args:
         may_be_zero += ("trial_length", "trial_episodes", "eval_interval", "prediction_coef")
         for f in dataclasses.fields(self):
             flag, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
-            if type(value) in (int, float) and (value < 0 or (value == 0 and f.name not in may_be_zero)):
-                raise ValueError(
-                    f"{flag} {value} is too small: use {'0 or more' if f.name in may_be_zero else 'more than 0'}"
-                )
+            if type(value) in (int, float) and not (
+                value > 0 or (value == 0 and f.name in may_be_zero)
+            ):  # or it is NaN
+                raise ValueError(f"{flag} {value}: use {'0 or more' if f.name in may_be_zero else 'more than 0'}")
             if f.name in ("gamma", "gae_lambda") and value > 1:
                 raise ValueError(f"{flag} {value} is too large: use 1 or less")
         if self.dt_max < self.dt_min:
@@ -597,7 +583,7 @@ def s5_scan_forward(a_bar, bu, reset, state, parallel):
 
 def s5_scan_backward(parallel, residuals, grad_x):
     a_bar, reset, state, x = residuals
-    # The chain rule: grad_bu_t = grad_x_t + a_bar (1 - reset_{t+1}) grad_bu_{t+1}. JAX's convention has no conjugates.
+    # The chain rule: grad_bu_t = grad_x_t + a_bar (1 - reset_{t+1}) grad_bu_{t+1}, in JAX without conjugates.
     next_reset = jnp.concatenate([reset[1:], jnp.ones_like(reset[:1])])  # nothing comes after the last step
     grad_bu = linear_recurrence(a_bar, grad_x, next_reset, jnp.zeros_like(state), parallel, reverse=True)
     carried = jnp.where(reset[..., None], 0.0, grad_bu)  # (T, N, P), what flows on to x_{t-1}
@@ -622,8 +608,8 @@ class S5(nn.Module):
         (T, N, D), P = u.shape, self.args.state_size
         hippo, vectors = hippo_normal(P)
 
-        # B and C start real and are turned into the eigenbasis. Real and imaginary parts are separate real parameters:
-        # the optimiser never sees a complex gradient, and products of real matrices are faster.
+        # B and C start real and are turned into the eigenbasis. They are stored transposed, real and imaginary parts
+        # apart: the optimiser never sees a complex gradient, and products of real matrices are faster.
         def init_b(key):
             b = vectors.conj().T @ jax.random.normal(key, (2 * P, D)) / np.sqrt(D)  # (P, D)
             return jnp.stack([b.real.T, b.imag.T])  # (2, D, P)
@@ -841,7 +827,7 @@ def learning_rate_schedule(args):
 
 
 def make_train(args, env):
-    """Two pure functions: `init(key)` gives a TrainState; `train(state)` runs updates_per_call updates on it.
+    """Two pure functions: `init(key)` gives a TrainState; `train(state)` runs log_interval updates on it.
 
     Both are one program for all devices (SPMD): each device steps and learns from its own share of the environments,
     whose advantages it normalises, and averages its gradients with the others', so that all have the same parameters.
@@ -890,7 +876,7 @@ def make_train(args, env):
         key, device_key = jax.random.split(state.key)
         device_key = jax.random.fold_in(device_key, jax.lax.axis_index("devices"))
         act_key, pool_key, *epoch_keys = jax.random.split(device_key, 2 + args.update_epochs)
-        ent_coef = args.ent_coef * (1 - state.num_updates / args.num_updates if args.anneal_ent_coef else 1)
+        ent_coef = args.ent_coef * ((1 - state.num_updates / args.num_updates) if args.anneal_ent_coef else 1)
         state = state._replace(env_state=env.redraw(pool_key, state.env_state))
         first_carry = state.carry  # as acting left it; each pass over the rollout starts from it again
         state, (batch, episodes) = jax.lax.scan(act, state, jax.random.split(act_key, args.num_steps))
@@ -943,7 +929,7 @@ def make_train(args, env):
 
     def train(state: TrainState) -> tuple[TrainState, dict]:
         """Metrics are means over updates, or over all episodes that ended, NaN if none did."""
-        state, (losses, episodes) = jax.lax.scan(update, state, length=args.updates_per_call)
+        state, (losses, episodes) = jax.lax.scan(update, state, length=args.log_interval)
         metrics = jax.lax.pmean(jax.tree.map(jnp.mean, losses), "devices")
         count, returns = jax.lax.psum(jax.tree.map(lambda x: x.sum(0), episodes), "devices")  # (K,) each
         zero, one = (jnp.array([getattr(TASKS[name], x) for name in env.names]) for x in ("zero", "one"))
@@ -1049,10 +1035,7 @@ def without_nan(row):
 
 def report(run_dir, rows, env, args, console):
     """adaptation.csv, adaptation.png and a printed table from the rows of `adaptation`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     with (run_dir / "adaptation.csv").open("w", newline="") as f:
         table = csv.DictWriter(f, rows[0], lineterminator="\n")
@@ -1062,9 +1045,8 @@ def report(run_dir, rows, env, args, console):
     def pick(*wanted):
         return [r for r in rows if (r["task"], r["memory"], r["against"]) == wanted]
 
-    fig, axes = plt.subplots(
-        2, len(env.names), figsize=(3 * len(env.names) + 1, 5), layout="constrained", squeeze=False
-    )
+    fig = Figure(figsize=(3 * len(env.names) + 1, 5), layout="constrained")
+    axes = fig.subplots(2, len(env.names), squeeze=False)
     for name, column in zip(env.names, axes.T, strict=True):
         for ax, against in zip(column, ("episode", "step"), strict=True):
             for i, memory in enumerate(MEMORIES):
@@ -1081,7 +1063,6 @@ def report(run_dir, rows, env, args, console):
         column[0].set_title(name + (" (held out)" if name in args.held_out_tasks else ""))
     axes[0, 0].legend(fontsize="x-small")
     fig.savefig(run_dir / "adaptation.png", dpi=150)
-    plt.close(fig)
 
     table = Table("task", *(f"memory {m}" for m in MEMORIES), *(f"kept - {m}" for m in MEMORIES[1:]))
     table.title = "score over the second half of a trial: 0 random or idle, 1 specialist; 95 % interval over trials"
@@ -1109,25 +1090,24 @@ def render(run_dir, frames, rewards, dones, env, args):
 
 # ==== Run directory ===================================================================================================
 def new_run_dir(args, task) -> Path:
-    run_dir = Path("runs") / f"{Path(__file__).stem}__{task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # to the microsecond, for runs that a loop starts at once
+    run_dir = Path("runs") / f"{Path(__file__).stem}__{task}__{args.seed}__{now}"
     run_dir.mkdir(parents=True)
-    here = Path(__file__).resolve().parent
-    git = shutil.which("git") and subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-    )
+    failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
+    packages = [name for name in ("jax", "flax", "optax", "gymnax", "brax") if name in sys.modules]
     config = {
         "args": dataclasses.asdict(args) | {"resume": None},
         "command": " ".join(sys.argv),
         "device": jax.devices()[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "gymnax", "brax")},
-        "git_commit": git.stdout.strip() if git else None,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "git_commit": None if failed else commit,
     }
     (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return run_dir
 
 
 class MetricsLog:
-    """Appends a row a call and seed to metrics.csv, TensorBoard and, with --track, Weights & Biases."""
+    """Appends a row per call and seed to metrics.csv, TensorBoard and, with --track, Weights & Biases."""
 
     def __init__(self, run_dir, args, last_update):
         from tensorboardX import SummaryWriter
@@ -1151,7 +1131,9 @@ class MetricsLog:
         gradient_steps = update * args.update_epochs * args.num_minibatches
         for i, writer in enumerate(self.writers):
             row = {name: float(values[i]) for name, values in metrics.items()}
-            row = {name: None if np.isnan(value) else value for name, value in row.items()}  # nothing ended: no number
+            row = {
+                name: None if np.isnan(value) else value for name, value in row.items()
+            }  # no episode ended: no number
             row["charts/learning_rate"] = float(learning_rate_schedule(args)(gradient_steps - 1))
             row["charts/SPS"] = round(steps_per_second)
             with self.path.open("a", newline="") as f:
@@ -1176,28 +1158,25 @@ class MetricsLog:
 
 def plot_learning_curve(run_dir, args, metric, baseline, baseline_label):
     """learning_curve.png from metrics.csv: mean over seeds of a metric, its 95 % interval (Student's t), each seed."""
-    import matplotlib
+    from matplotlib.figure import Figure
     from scipy import stats
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
     with (run_dir / "metrics.csv").open(newline="") as f:
         rows = [(float(row["global_step"]), float(row[metric] or "nan")) for row in csv.DictReader(f)]
     curve = np.array(rows).reshape(-1, args.num_seeds, 2)  # (calls, seeds, step and return)
-    curve = curve[~np.isnan(curve).any(axis=(1, 2))]  # leave out where no episode ended
+    curve = curve[~np.isnan(curve).any(axis=(1, 2))]  # leave out calls in which no episode of some seed ended
     steps, returns, mean = curve[:, 0, 0], curve[..., 1], curve[..., 1].mean(axis=1)
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    fig = Figure(figsize=(6, 4), layout="constrained")
+    ax = fig.subplots()
     if args.num_seeds > 1:
         half = stats.sem(returns, axis=1) * stats.t.ppf(0.975, args.num_seeds - 1)
         ax.plot(steps, returns, color="C0", alpha=0.3, linewidth=0.8)
         ax.fill_between(steps, mean - half, mean + half, color="C0", alpha=0.2, linewidth=0, label="95 % interval")
-    ax.plot(steps, mean, color="C0", label=f"mean of {args.num_seeds} seed(s)")
+    ax.plot(steps, mean, color="C0", marker=".", label=f"mean of {args.num_seeds} seed(s)")
     ax.axhline(baseline, color="grey", linestyle="--", linewidth=1, label=baseline_label)
     ax.set(xlabel="environment steps", ylabel=metric, title=run_dir.name.rsplit("__", 2)[0])
     ax.legend()
     fig.savefig(run_dir / "learning_curve.png", dpi=150)
-    plt.close(fig)
 
 
 # ==== Main ============================================================================================================
@@ -1229,10 +1208,8 @@ def setup() -> tuple[Args, Environment, Environment]:
             flag, own = "--resume", ("resume", "total_timesteps")
             if args.eval_only:
                 flag, own = "--eval-only", ("eval_only", "eval_trials", "eval_trial_length", "render")
-            words = {word.split("=")[0].replace("_", "-") for word in sys.argv}
-            flags = {f.name: f.name.replace("_", "-") for f in dataclasses.fields(args)}
-            given = {name: getattr(args, name) for name, flag in flags.items() if words & {"--" + flag, "--no-" + flag}}
-            if foreign := [f"--{flags[name]}" for name in given if name not in own]:
+            given = {word.split("=")[0].replace("_", "-") for word in sys.argv[1:] if word.startswith("--")}
+            if foreign := sorted(given - {"--" + name.replace("_", "-") for name in own}):
                 raise ValueError(f"{flag} keeps the run's own flags: drop {' '.join(foreign)}")
             config = run_dir / "config.json"
             if not config.is_file() or not (run_dir / "checkpoint").is_dir():
@@ -1240,12 +1217,17 @@ def setup() -> tuple[Args, Environment, Environment]:
             if args.eval_only and not any((run_dir / "checkpoint").iterdir()):
                 raise ValueError(f"--eval-only {run_dir} has no checkpoint yet: go on with --resume {run_dir}")
             stored = json.loads(config.read_text())
-            if stored["args"].keys() != flags.keys():
-                raise ValueError(f"{flag} {run_dir} is of another version of the script: see git_commit in config.json")
-            args = stored["args"] | given
+            if stored["args"].keys() != dataclasses.asdict(args).keys():
+                raise ValueError(f"{flag} {run_dir} is of another script, or version (git_commit in config.json)")
+            new = {name: getattr(args, name) for name in own if "--" + name.replace("_", "-") in given}
+            args = stored["args"] | new
             if args["eval_only"]:  # which needs no more than one device
                 args |= {"num_devices": 1, "track": False}
             args = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in args.items()})
+            if args.total_timesteps < (before := stored["args"]["total_timesteps"]):
+                raise ValueError(
+                    f"--total-timesteps {args.total_timesteps} is less than the run's own: use {before} or more"
+                )
         args.check()
         if args.num_devices > len(jax.devices()):
             raise ValueError(f"--num-devices {args.num_devices} is more than there are: use {len(jax.devices())}")
@@ -1280,9 +1262,8 @@ def main():
 
     init, train = make_train(args, env)
     state = jax.jit(over_seeds(init, args))(keys)
-    checkpoints = ocp.CheckpointManager(
-        (run_dir / "checkpoint").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1)
-    )
+    options = ocp.CheckpointManagerOptions(max_to_keep=1)
+    checkpoints = ocp.CheckpointManager((run_dir / "checkpoint").absolute(), options=options)
     update = checkpoints.latest_step() or 0
     if update:
         state = checkpoints.restore(update, args=ocp.args.StandardRestore(state))
@@ -1325,20 +1306,18 @@ def main():
         evaluation(state, update)
         return
 
-    # Ctrl-C and kill end the loop after the call in flight, so that nothing is lost.
-    signals = []
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
-
     compile_start = time.time()
     train = jax.jit(over_seeds(train, args), donate_argnums=0).lower(state).compile()
     compile_seconds = time.time() - compile_start
-    working = train.memory_analysis().temp_size_in_bytes / 2**20
-    console.print(f"compiled in {compile_seconds:.0f} s; needs {working:,.0f} MiB of memory beside the train state")
+    memory = train.memory_analysis()
+    working = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
+    console.print(f"compiled in {compile_seconds:.0f} s; needs {working:,.0f} MiB of memory, the train state included")
+
+    signals = []  # Ctrl-C and kill end the loop after the call in flight, so that nothing is lost
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
     log = MetricsLog(run_dir, args, update)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(console=console) as progress:
         bar = progress.add_task("", total=args.num_updates, completed=update)
         last_save, loop_start, first_update = time.time(), time.time(), update
         while update < args.num_updates and not signals:
@@ -1351,13 +1330,16 @@ def main():
                     f"error: the gradient was not finite after update {update}; the checkpoint of update "
                     f"{checkpoints.latest_step() or 0} is kept: try --resume {run_dir}, or a smaller --learning-rate"
                 )
-            update += args.updates_per_call
-            steps_per_second = args.updates_per_call * args.batch_size * args.num_seeds / call_seconds
+            update += args.log_interval
+            steps_per_second = args.log_interval * args.batch_size * args.num_seeds / call_seconds
             log.write(update, metrics, steps_per_second)
             score = metrics["charts/score"].mean()
             score = "–" if np.isnan(score) else f"{score:.2f}"
-            progress.update(bar, completed=update, description=f"score {score}  {steps_per_second:,.0f} steps/s")
-            due = args.eval_interval and update % args.eval_interval < args.updates_per_call
+            status = f"score {score}  {steps_per_second:,.0f} steps/s"
+            progress.update(bar, completed=update, description=status)
+            if not console.is_terminal:  # where no bar can be drawn, as in the log of a batch job
+                console.print(f"update {update:,} of {args.num_updates:,}: {status}")
+            due = args.eval_interval and update % args.eval_interval < args.log_interval
             if due and update < args.num_updates:
                 start = time.time()
                 evaluation(state, update)
@@ -1375,7 +1357,8 @@ def main():
     if update:
         plot_learning_curve(run_dir, args, "charts/score", 0.0, "random or idle, whichever is better")
     if update < args.num_updates:
-        console.print(f"stopped after update {update}; continue with: python {sys.argv[0]} --resume {run_dir}")
+        how = f"python {sys.argv[0]} --resume {run_dir}"
+        console.print(f"stopped after update {update}; continue with: {how}", soft_wrap=True)
         raise SystemExit(128 + signals[0])
     results = evaluation(state, update)
     steps = (update - first_update) * args.batch_size * args.num_seeds

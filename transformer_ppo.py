@@ -1,25 +1,15 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "brax>=0.14.2,<0.15",
-#     "flax>=0.12,<0.13",
-#     "gymnax>=1.0.1,<1.1",
-#     "jax>=0.10,<0.12",
-#     "matplotlib>=3.9,<4",
-#     "numpy>=2,<3",
-#     "optax>=0.2.5,<0.3",
-#     "orbax-checkpoint>=0.11,<0.13",
-#     "rich>=13,<16",
-#     "scipy>=1.13,<2",
-#     "six>=1.16",
-#     "tensorboardX>=2.6,<3",
-#     "tyro>=1,<2",
+#     "brax>=0.14.2,<0.15", "flax>=0.12,<0.13", "gymnax>=1.0.1,<1.1", "jax>=0.10,<0.12", "matplotlib>=3.9,<4",
+#     "numpy>=2,<3", "optax>=0.2.5,<0.3", "orbax-checkpoint>=0.11,<0.13", "rich>=13,<16", "scipy>=1.13,<2",
+#     "six>=1.16", "tensorboardX>=2.6,<3", "tyro>=1,<2",
 # ]
 # ///
 """A sliding-window Transformer and PPO on bsuite's memory length, beside resettable S5 (Lu et al. 2023, 2303.03982).
 
-The agent sees a cue, +1 or -1, at the start of an episode, then only a countdown for --memory-length steps, and must
-answer with the cue at its end. All is as in s5_ppo_memory.py, the width, the encoder, the heads and the PPO, but that
+The agent sees a cue, +1 or -1, at the start of an episode, then only a countdown, and after --memory-length steps must
+answer with the cue. All is as in s5_ppo_memory.py, the width, the encoder, the heads and the PPO, but that
 Transformer blocks, which attend to the last --context-length steps, take the place of S5's: `diff s5_ppo_memory.py
 transformer_ppo.py` shows this text, the flags and checks of the sequence model, and the sequence model.
 
@@ -30,9 +20,10 @@ transformer_ppo.py` shows this text, the flags and checks of the sequence model,
 
 What to expect, on one core of a cloud machine's CPU on 2026-11-23, seed 0, the only one run: the defaults take 141
 seconds from process start, 22 of them for compiling, at 6,200 steps per second, and answer 128 of 128 questions right;
-at memories of other lengths it is at chance. An acting step reads --context-length keys in every block, where S5 and
-the LSTM read one state, and the time of an update grows as --num-steps times --context-length. A step further back is
-out of sight, except through a step in between, if training finds such a relay.
+at memories of 64 it is at chance, of 256 and 512 too, where the cue is out of its window. An acting step reads
+--context-length keys in every block, where S5 and the LSTM read one state, and the time of an update grows as
+--num-steps times --context-length. A step further back is out of sight, except through a step in between, if training
+finds such a relay.
 
 Where this departs from the paper, and why:
 - PPO on many environments, not A2C on one: it fills the machine, and is what people use.
@@ -54,12 +45,12 @@ import importlib.util
 import io
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -72,7 +63,7 @@ import optax
 import tyro
 from jax.flatten_util import ravel_pytree
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 
@@ -123,7 +114,7 @@ class Args:
     num_heads: int = 2
     """H, attention heads of a block"""
     key_size: int = 16
-    """size of a head's queries, keys and values"""
+    """K, size of a head's queries, keys and values"""
     mlp_size: int = 48
     """hidden units between a block's dense layers; 48 gives as many parameters as the S5 network has, within 10 %"""
 
@@ -166,18 +157,15 @@ class Args:
         return self.num_envs * self.num_steps
 
     @property
-    def updates_per_call(self) -> int:
-        return min(self.log_interval, -(-self.total_timesteps // self.batch_size))
-
-    @property
     def num_updates(self) -> int:
-        """Updates that really run: total_timesteps, rounded up to whole calls."""
-        return -(-self.total_timesteps // (self.batch_size * self.updates_per_call)) * self.updates_per_call
+        """Updates that really run: total_timesteps, rounded up to whole log intervals."""
+        return -(-self.total_timesteps // (self.batch_size * self.log_interval)) * self.log_interval
 
     @property
     def cache_bytes(self) -> int:
-        """Keys and values on one device: as a rollout began and as they are now, or those of the evaluation."""
-        envs = self.num_seeds * max(2 * self.num_envs // self.num_devices, self.eval_episodes)
+        """Keys and values on one device at least: as they are, and as a rollout began or those of the evaluation."""
+        num_envs = self.num_envs // self.num_devices
+        envs = self.num_seeds * (num_envs + max(num_envs, self.eval_episodes))
         return 4 * 2 * self.num_layers * envs * self.context_length * self.num_heads * self.key_size
 
     def check(self) -> None:
@@ -185,19 +173,17 @@ class Args:
         may_be_zero = ("seed", "checkpoint_interval", "num_layers", "gamma", "gae_lambda", "ent_coef", "vf_coef")
         for f in dataclasses.fields(self):
             flag, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
-            if f.type in (int, float) and (value < 0 or (value == 0 and f.name not in may_be_zero)):
-                raise ValueError(
-                    f"{flag} {value} is too small: use {'0 or more' if f.name in may_be_zero else 'more than 0'}"
-                )
+            if f.type in (int, float) and not (value > 0 or (value == 0 and f.name in may_be_zero)):  # or it is NaN
+                raise ValueError(f"{flag} {value}: use {'0 or more' if f.name in may_be_zero else 'more than 0'}")
             if f.name in ("gamma", "gae_lambda") and value > 1:
                 raise ValueError(f"{flag} {value} is too large: use 1 or less")
         if self.key_size % 2:
             raise ValueError(f"--key-size {self.key_size} is odd, and positions turn pairs: use {self.key_size + 1}")
         if self.cache_bytes > 64e9:  # a guard against typing errors, no promise that less will fit
             raise ValueError(
-                f"--context-length {self.context_length} needs {self.cache_bytes / 1e9:,.0f} GB for keys and values, "
-                f"and 64 is the limit: use {int(self.context_length * 64e9 / self.cache_bytes)} or less, or a smaller "
-                "--num-envs and --eval-episodes"
+                f"--context-length {self.context_length} needs {self.cache_bytes / 1e9:,.0f} GB or more for keys and "
+                f"values, and 64 is the limit: use {int(self.context_length * 64e9 / self.cache_bytes)} or less, or a "
+                "smaller --num-envs and --eval-episodes"
             )
         shares = self.num_minibatches * self.num_devices
         if self.num_envs % shares:
@@ -246,21 +232,18 @@ class Environment:
     def __init__(self, args: Args):
         import gymnax  # here, since it takes three seconds: the flags have been checked by now
 
-        memory_chain = args.env_id == "MemoryChain-bsuite"
         if args.env_id not in gymnax.registered_envs:
             raise ValueError(f"--env-id {args.env_id} is unknown: use one of {', '.join(gymnax.registered_envs)}")
         try:
             self.env, params = gymnax.make(args.env_id)
         except OSError as error:
-            raise ValueError(
-                f"--env-id {args.env_id} needs data that could not be loaded ({error}): choose another"
-            ) from None
+            raise ValueError(f"--env-id {args.env_id} needs data that could not be loaded: {error}") from None
         fields = [f.name for f in dataclasses.fields(params)]
         unknown = [name for name in args.env_params if name not in fields]
         if unknown:
             raise ValueError(f"--env-params {unknown[0]} is no field of {args.env_id}: use {', '.join(fields)}")
-        overrides = dict(args.env_params)
-        if memory_chain:
+        overrides = args.env_params
+        if args.env_id == "MemoryChain-bsuite":
             if "memory_length" in overrides:
                 raise ValueError("--env-params memory_length has a flag of its own: use --memory-length")
             # The default limit of 1,000 steps would end longer memories before their question.
@@ -270,9 +253,7 @@ class Environment:
 
         observation, action = self.env.observation_space(self.params), self.env.action_space(self.params)
         if len(observation.shape) != 1:
-            raise ValueError(
-                f"--env-id {args.env_id} observes an array of shape {observation.shape}: choose one with a flat Box"
-            )
+            raise ValueError(f"--env-id {args.env_id} observes shape {observation.shape}: choose one with a flat Box")
         if not hasattr(action, "n"):
             raise ValueError(f"--env-id {args.env_id} has continuous actions: choose one with Discrete actions")
         self.num_actions = action.n
@@ -286,9 +267,9 @@ class Environment:
 
     def reset(self, key, params, num_envs) -> tuple[EnvState, Timestep]:
         obs, inner = jax.vmap(self.env.reset, (0, None))(jax.random.split(key, num_envs), params)
-        zero, false, steps = jnp.zeros(num_envs), jnp.zeros(num_envs, bool), jnp.zeros(num_envs, jnp.int32)
-        obs = self.agent_obs(obs, steps, zero, ~false)
-        return EnvState(inner, zero, steps), Timestep(obs, ~false, zero, false, false, obs, zero, steps)
+        zero, count, true = jnp.zeros(num_envs), jnp.zeros(num_envs, jnp.int32), jnp.ones(num_envs, bool)
+        obs = self.agent_obs(obs, count, zero, true)  # whatever the action: it is hidden at a reset
+        return EnvState(inner, zero, count), Timestep(obs, true, zero, ~true, ~true, obs, zero, count)
 
     def step(self, key, state, action, params) -> tuple[EnvState, Timestep]:
         """Steps all N environments with action (N,) int32; those that end start anew, each from a fresh state."""
@@ -320,7 +301,7 @@ class Cache(NamedTuple):
 
     keys: jax.Array  # (N, W, H, K), rotated to their step's position
     values: jax.Array  # (N, W, H, K)
-    steps: jax.Array  # (N,) int32, steps of the episode so far; what slots hold beyond these is never read
+    steps: jax.Array  # (N,) int32, steps of the episode so far; what slots hold beyond these is masked
 
 
 def rotate(x, position):
@@ -340,8 +321,8 @@ def banded_attention(query, keys, values, first_visible):
 
     keys and values (N, W + T, H, K) are those of times -W to T-1; first_visible (N, T) is t - W + 1, the window, or
     later where the episode began later. Queries are taken in blocks of B = QUERY_BLOCK. A block meets only the W + B
-    keys that reach from its first query's window to its last query, and its scores (N, H, B, W + B) are computed again
-    for the gradient, not kept: time grows as T W, not T^2, and memory as T + W and one block's scores.
+    keys that end with its last query's, and its scores (N, H, B, W + B) are computed again for the gradient, not kept:
+    matrix products grow as T W, not T^2, and memory as T + W and one block's scores.
     """
     (N, T, H, K), W = query.shape, keys.shape[1] - query.shape[1]
     B = min(T, QUERY_BLOCK)
@@ -354,7 +335,7 @@ def banded_attention(query, keys, values, first_visible):
         q, q_first = (jax.lax.dynamic_slice_in_dim(x, block_start, B, axis=1) for x in (query, first_visible))
         k, v = (jax.lax.dynamic_slice_in_dim(x, block_start, W + B, axis=1) for x in (keys, values))
         q_time, key_time = block_start + jnp.arange(B)[:, None], block_start - W + jnp.arange(W + B)
-        mask = (q_first[..., None] <= key_time) & (key_time <= q_time)  # (N, B, W + B); every query sees itself
+        mask = (q_first[..., None] <= key_time) & (key_time <= q_time)  # (N, B, W + B); not empty: a query sees itself
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])  # (N, B, H, K)
 
     y = jax.lax.map(attend, B * jnp.arange(C))  # (C, N, B, H, K)
@@ -381,23 +362,24 @@ class Attention(nn.Module):
         query, keys, values = qkv.transpose(2, 1, 0, 3, 4)  # (N, T, H, K) each
         query, keys = rotate(query, position), rotate(keys, position)
 
-        # Into the ring goes what the next call may see: of the episode that goes on, the last W steps. No two of them
-        # share a slot, where JAX would leave open which is written. Index W is out of range, and "drop" skips it.
-        kept = (episode_start == episode_start[:, -1:]) & (t >= T - W)
-        env, slot = jnp.arange(N)[:, None], jnp.where(kept, position % W, W)
+        first_visible = jnp.maximum(episode_start, t - W + 1)  # (N, T), the oldest time that each query sees
+        # Into the ring goes what the last query sees, at most W steps of one episode: no two of them share a slot,
+        # where JAX would leave open which is written. Index W is out of range, and "drop" skips it.
+        env, slot = jnp.arange(N)[:, None], jnp.where(t >= first_visible[:, -1:], position % W, W)
         next_cache = Cache(
             cache.keys.at[env, slot].set(keys, mode="drop"),
             cache.values.at[env, slot].set(values, mode="drop"),
             position[:, -1] + 1,
         )
         if T == 1:  # acting: all that this step sees is in the ring, and nothing needs to be moved
-            mask = jnp.arange(W) <= position  # (N, W); slots not yet filled in this episode are hidden
+            mask = jnp.arange(W) <= position  # (N, W), since position is (N, 1): slots the episode has not filled yet
             y = jax.nn.dot_product_attention(query, next_cache.keys, next_cache.values, mask=mask[:, None, None])
         else:  # learning: the ring cut open at its oldest slot, so that it holds times -W to -1, then this call's steps
-            in_order = jax.vmap(lambda ring, steps: jnp.roll(ring, -steps, axis=0))
-            keys = jnp.concatenate([in_order(cache.keys, cache.steps), keys], axis=1)  # (N, W + T, H, K)
-            values = jnp.concatenate([in_order(cache.values, cache.steps), values], axis=1)
-            y = banded_attention(query, keys, values, jnp.maximum(episode_start, t - W + 1))
+
+            def after_ring(ring, now):  # (N, W + T, H, K)
+                return jnp.concatenate([jax.vmap(partial(jnp.roll, axis=0))(ring, -cache.steps), now], axis=1)
+
+            y = banded_attention(query, after_ring(cache.keys, keys), after_ring(cache.values, values), first_visible)
         y = nn.Dense(D)(jnp.swapaxes(y, 0, 1).reshape(T * N, H * K))
         return next_cache, y.reshape(T, N, D)
 
@@ -540,7 +522,7 @@ def learning_rate_schedule(args):
 
 
 def make_train(args, env):
-    """Two pure functions: `init(key)` gives a TrainState; `train(state)` runs updates_per_call updates on it.
+    """Two pure functions: `init(key)` gives a TrainState; `train(state)` runs log_interval updates on it.
 
     Both are one program for all devices (SPMD): each device steps and learns from its own share of the environments,
     whose advantages it normalises, and averages its gradients with the others', so that all have the same parameters.
@@ -584,7 +566,7 @@ def make_train(args, env):
         key, device_key = jax.random.split(state.key)
         device_key = jax.random.fold_in(device_key, jax.lax.axis_index("devices"))
         act_key, *epoch_keys = jax.random.split(device_key, 1 + args.update_epochs)
-        ent_coef = args.ent_coef * (1 - state.num_updates / args.num_updates if args.anneal_ent_coef else 1)
+        ent_coef = args.ent_coef * ((1 - state.num_updates / args.num_updates) if args.anneal_ent_coef else 1)
         first_carry = state.carry  # as acting left it; each pass over the rollout starts from it again
         state, (batch, episodes) = jax.lax.scan(act, state, jax.random.split(act_key, args.num_steps))
         _, _, last_value = network.apply(state.params, state.carry, state.obs[None], state.reset[None])
@@ -612,7 +594,7 @@ def make_train(args, env):
 
     def train(state: TrainState) -> tuple[TrainState, dict]:
         """Metrics are means over updates, or over all episodes that ended, NaN if none did."""
-        state, (losses, episodes) = jax.lax.scan(update, state, length=args.updates_per_call)
+        state, (losses, episodes) = jax.lax.scan(update, state, length=args.log_interval)
         metrics = jax.lax.pmean(jax.tree.map(jnp.mean, losses), "devices")
         sums = jax.lax.psum(jax.tree.map(jnp.sum, episodes), "devices")
         count = metrics["charts/episodes"] = sums.pop("charts/episodes")
@@ -669,25 +651,24 @@ def evaluate(params, key, env_params, greedy, args, env):
 
 # ==== Run directory ===================================================================================================
 def new_run_dir(args, task) -> Path:
-    run_dir = Path("runs") / f"{Path(__file__).stem}__{task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # to the microsecond, for runs that a loop starts at once
+    run_dir = Path("runs") / f"{Path(__file__).stem}__{task}__{args.seed}__{now}"
     run_dir.mkdir(parents=True)
-    here = Path(__file__).resolve().parent
-    git = shutil.which("git") and subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-    )
+    failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
+    packages = [name for name in ("jax", "flax", "optax", "gymnax", "brax") if name in sys.modules]
     config = {
         "args": dataclasses.asdict(args) | {"resume": None},
         "command": " ".join(sys.argv),
         "device": jax.devices()[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "gymnax", "brax")},
-        "git_commit": git.stdout.strip() if git else None,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "git_commit": None if failed else commit,
     }
     (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return run_dir
 
 
 class MetricsLog:
-    """Appends a row a call and seed to metrics.csv, TensorBoard and, with --track, Weights & Biases."""
+    """Appends a row per call and seed to metrics.csv, TensorBoard and, with --track, Weights & Biases."""
 
     def __init__(self, run_dir, args, last_update):
         from tensorboardX import SummaryWriter
@@ -711,7 +692,9 @@ class MetricsLog:
         gradient_steps = update * args.update_epochs * args.num_minibatches
         for i, writer in enumerate(self.writers):
             row = {name: float(values[i]) for name, values in metrics.items()}
-            row = {name: None if np.isnan(value) else value for name, value in row.items()}  # nothing ended: no number
+            row = {
+                name: None if np.isnan(value) else value for name, value in row.items()
+            }  # no episode ended: no number
             row["charts/learning_rate"] = float(learning_rate_schedule(args)(gradient_steps - 1))
             row["charts/SPS"] = round(steps_per_second)
             with self.path.open("a", newline="") as f:
@@ -736,28 +719,25 @@ class MetricsLog:
 
 def plot_learning_curve(run_dir, args, metric, baseline, baseline_label):
     """learning_curve.png from metrics.csv: mean over seeds of a metric, its 95 % interval (Student's t), each seed."""
-    import matplotlib
+    from matplotlib.figure import Figure
     from scipy import stats
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
     with (run_dir / "metrics.csv").open(newline="") as f:
         rows = [(float(row["global_step"]), float(row[metric] or "nan")) for row in csv.DictReader(f)]
     curve = np.array(rows).reshape(-1, args.num_seeds, 2)  # (calls, seeds, step and return)
-    curve = curve[~np.isnan(curve).any(axis=(1, 2))]  # leave out where no episode ended
+    curve = curve[~np.isnan(curve).any(axis=(1, 2))]  # leave out calls in which no episode of some seed ended
     steps, returns, mean = curve[:, 0, 0], curve[..., 1], curve[..., 1].mean(axis=1)
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    fig = Figure(figsize=(6, 4), layout="constrained")
+    ax = fig.subplots()
     if args.num_seeds > 1:
         half = stats.sem(returns, axis=1) * stats.t.ppf(0.975, args.num_seeds - 1)
         ax.plot(steps, returns, color="C0", alpha=0.3, linewidth=0.8)
         ax.fill_between(steps, mean - half, mean + half, color="C0", alpha=0.2, linewidth=0, label="95 % interval")
-    ax.plot(steps, mean, color="C0", label=f"mean of {args.num_seeds} seed(s)")
+    ax.plot(steps, mean, color="C0", marker=".", label=f"mean of {args.num_seeds} seed(s)")
     ax.axhline(baseline, color="grey", linestyle="--", linewidth=1, label=baseline_label)
     ax.set(xlabel="environment steps", ylabel=metric, title=run_dir.name.rsplit("__", 2)[0])
     ax.legend()
     fig.savefig(run_dir / "learning_curve.png", dpi=150)
-    plt.close(fig)
 
 
 # ==== Main ============================================================================================================
@@ -785,18 +765,21 @@ def setup() -> tuple[Args, Environment]:
     args = parse_flags()
     try:
         if args.resume:
-            words = {word.split("=")[0].replace("_", "-") for word in sys.argv}
-            flags = {f.name: f.name.replace("_", "-") for f in dataclasses.fields(args)}
-            given = {name: getattr(args, name) for name, flag in flags.items() if words & {"--" + flag, "--no-" + flag}}
-            if foreign := [f"--{flags[name]}" for name in given if name not in ("resume", "total_timesteps")]:
+            given = {word.split("=")[0].replace("_", "-") for word in sys.argv[1:] if word.startswith("--")}
+            if foreign := sorted(given - {"--resume", "--total-timesteps"}):
                 raise ValueError(f"--resume keeps the run's own flags: drop {' '.join(foreign)}")
             config = args.resume / "config.json"
             if not config.is_file() or not (args.resume / "checkpoint").is_dir():
-                raise ValueError(
-                    f"--resume {args.resume} holds no config.json and checkpoint/: name a run directory under runs/"
-                )
+                raise ValueError(f"--resume {args.resume} holds no config.json and checkpoint/: name a run in runs/")
             stored = json.loads(config.read_text())
-            args = Args(**stored["args"] | given)
+            if stored["args"].keys() != dataclasses.asdict(args).keys():
+                raise ValueError(f"--resume {args.resume} is of another script, or version (git_commit in config.json)")
+            longer = {"total_timesteps": args.total_timesteps} if "--total-timesteps" in given else {}
+            args = Args(**stored["args"] | {"resume": args.resume} | longer)
+            if args.total_timesteps < (before := stored["args"]["total_timesteps"]):
+                raise ValueError(
+                    f"--total-timesteps {args.total_timesteps} is less than the run's own: use {before} or more"
+                )
         args.check()
         if args.track and not importlib.util.find_spec("wandb"):
             raise ValueError("--track needs Weights & Biases, which is not installed: pip install wandb")
@@ -826,9 +809,8 @@ def main():
 
     init, train = make_train(args, env)
     state = jax.jit(over_seeds(init, args))(keys)
-    checkpoints = ocp.CheckpointManager(
-        (run_dir / "checkpoint").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1)
-    )
+    options = ocp.CheckpointManagerOptions(max_to_keep=1)
+    checkpoints = ocp.CheckpointManager((run_dir / "checkpoint").absolute(), options=options)
     update = checkpoints.latest_step() or 0
     if update:
         state = checkpoints.restore(update, args=ocp.args.StandardRestore(state))
@@ -838,26 +820,23 @@ def main():
         f"of {args.num_envs} x {args.num_steps}, {args.num_seeds} seed(s), {jax.devices()[0].device_kind}"
     )
 
-    # Ctrl-C and kill end the loop after the call in flight, so that nothing is lost.
-    signals = []
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
-
     compile_start = time.time()
     train = jax.jit(over_seeds(train, args), donate_argnums=0).lower(state).compile()
     compile_seconds = time.time() - compile_start
-    working = train.memory_analysis().temp_size_in_bytes / 2**20
-    console.print(f"compiled in {compile_seconds:.0f} s; needs {working:,.0f} MiB of memory beside the train state")
+    memory = train.memory_analysis()
+    working = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
+    console.print(f"compiled in {compile_seconds:.0f} s; needs {working:,.0f} MiB of memory, the train state included")
     # env_params are arguments of the compiled program: one compilation serves every memory length.
     eval_fn = jax.jit(jax.vmap(partial(evaluate, args=args, env=env), (0, 0, None, None)))
     eval_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)  # far from what init splits off
     zero_params = jax.tree.map(jnp.zeros_like, state.params)  # all logits equal: uniformly random actions
     chance = float(eval_fn(zero_params, eval_keys, env.params, False)[0].mean())
 
+    signals = []  # Ctrl-C and kill end the loop after the call in flight, so that nothing is lost
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
     log = MetricsLog(run_dir, args, update)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(console=console) as progress:
         bar = progress.add_task("", total=args.num_updates, completed=update)
         last_save = loop_start = time.time()
         device_seconds, first_update = 0.0, update
@@ -867,12 +846,20 @@ def main():
             metrics = jax.tree.map(np.asarray, metrics)  # waits for the device
             call_seconds = time.time() - call_start
             device_seconds += call_seconds
-            update += args.updates_per_call
-            steps_per_second = args.updates_per_call * args.batch_size * args.num_seeds / call_seconds
+            if not np.isfinite(metrics["losses/grad_norm"]).all():
+                raise SystemExit(
+                    f"error: the gradient was not finite after update {update}; the checkpoint of update "
+                    f"{checkpoints.latest_step() or 0} is kept: try --resume {run_dir}, or a smaller --learning-rate"
+                )
+            update += args.log_interval
+            steps_per_second = args.log_interval * args.batch_size * args.num_seeds / call_seconds
             log.write(update, metrics, steps_per_second)
             score = metrics["charts/episodic_return"].mean()
             score = "–" if np.isnan(score) else f"{score:.2f}"
-            progress.update(bar, completed=update, description=f"return {score}  {steps_per_second:,.0f} steps/s")
+            status = f"return {score}  {steps_per_second:,.0f} steps/s"
+            progress.update(bar, completed=update, description=status)
+            if not console.is_terminal:  # where no bar can be drawn, as in the log of a batch job
+                console.print(f"update {update:,} of {args.num_updates:,}: {status}")
             if time.time() - last_save > args.checkpoint_interval and update < args.num_updates:
                 checkpoints.save(update, args=ocp.args.StandardSave(state))
                 last_save = time.time()
@@ -886,7 +873,8 @@ def main():
     if update:
         plot_learning_curve(run_dir, args, "charts/episodic_return", chance, "chance: uniformly random actions")
     if update < args.num_updates:
-        console.print(f"stopped after update {update}; continue with: python {sys.argv[0]} --resume {run_dir}")
+        how = f"python {sys.argv[0]} --resume {run_dir}"
+        console.print(f"stopped after update {update}; continue with: {how}", soft_wrap=True)
         raise SystemExit(128 + signals[0])
 
     # The memory task is also asked at lengths it was not trained on.
@@ -915,9 +903,8 @@ def main():
         "host_share": 1 - device_seconds / loop_seconds if steps else 0.0,
     }
     console.print("  ".join(f"{name} {value:,.3g}" for name, value in timing.items()))
-    (run_dir / "eval.json").write_text(
-        json.dumps({"chance_return": chance, "results": results} | timing, indent=2) + "\n"
-    )
+    evaluation = {"chance_return": chance, "results": results} | timing
+    (run_dir / "eval.json").write_text(json.dumps(evaluation, indent=2) + "\n")
 
 
 if __name__ == "__main__":

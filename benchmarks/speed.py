@@ -53,7 +53,7 @@ def main():
         state.params, carry, jnp.zeros((1, args.num_envs, env.obs_size)), jnp.zeros((1, args.num_envs), bool)
     )
     flop_per_step = forward.compile().cost_analysis()["flops"] / args.num_envs * (1 + 3 * args.update_epochs)
-    steps = args.updates_per_call * args.batch_size
+    steps = args.log_interval * args.batch_size
     ceiling = PRODUCTS * 2 * 2048 * 128 * 128 / np.median(product_seconds)
     row = {
         "date": date.today().isoformat(),

@@ -15,7 +15,7 @@ def success_rate(args, greedy=True):
     env = Environment(args)
     init, train = make_train(args, env)
     state, train = jax.jit(init)(jax.random.key(args.seed)), jax.jit(train)
-    for _ in range(args.num_updates // args.updates_per_call):
+    for _ in range(args.num_updates // args.log_interval):
         state, _ = train(state)
     returns, lengths = jax.jit(partial(evaluate, args=args, env=env))(
         state.params, jax.random.key(100), env.params, greedy

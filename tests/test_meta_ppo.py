@@ -460,7 +460,7 @@ def test_what_an_action_does_is_found_out_within_a_trial_and_kept_in_memory(monk
     init, train = make_train(args, Environment(args.train_tasks, args))
     state = jax.jit(init)(jax.random.key(0))
     train = jax.jit(train).lower(state).compile()
-    for _ in range(args.num_updates // args.updates_per_call):
+    for _ in range(args.num_updates // args.log_interval):
         state, _ = train(state)
 
     env = Environment(args.train_tasks, args, trials_end=False)

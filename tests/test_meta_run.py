@@ -121,9 +121,13 @@ def test_after_a_kill_the_resumed_run_is_the_uninterrupted_one_with_or_without_e
 def test_a_run_is_evaluated_again_on_longer_trials_and_changes_in_nothing_else(tmp_path, uninterrupted):
     path, _ = uninterrupted
     before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
-    code, out, err = run(tmp_path, f"--eval-only {path} --eval-trial-length 6 --eval-trials 3")
-    assert code == 0, err
+    evaluations = len(rows(path, "evaluations.csv"))
+    for _ in range(2):  # the second replaces the first
+        code, out, err = run(tmp_path, f"--eval-only {path} --eval-trial-length 6 --eval-trials 3")
+        assert code == 0, err
     assert "mountain-car (held out)" in out and not list(tmp_path.iterdir())
+    lengths = [row["eval_trial_length"] for row in rows(path, "evaluations.csv")]
+    assert lengths.count("4") == evaluations and lengths.count("6") == evaluations / 3  # of three, while it was trained
     written = {p.name for p, content in before.items() if p.read_bytes() != content}
     assert written == {"adaptation.csv", "adaptation.png", "evaluations.csv"}
     episodes = [row for row in rows(path, "adaptation.csv") if row["against"] == "episode"]
@@ -276,6 +280,7 @@ BAD = {
     "less than a rollout": ("--total-timesteps 100", "--total-timesteps", "100"),
     "time steps swapped": ("--dt-min 0.1 --dt-max 0.01", "--dt-max", "0.01"),
     "gamma above one": ("--gamma 1.5", "--gamma", "1.5"),
+    "no number": ("--gamma nan", "--gamma", "nan"),
     "no trials": ("--eval-trials 0", "--eval-trials", "0"),
     "trials of negative length": ("--eval-trial-length -3", "--eval-trial-length", "-3"),
 }
@@ -305,7 +310,7 @@ def test_a_run_without_a_checkpoint_or_of_another_version_is_refused(monkeypatch
     (tmp_path / "checkpoint").mkdir()
     for stored, flag, named in (
         (dataclasses.asdict(Args()), "--eval-only", "no checkpoint yet"),
-        ({"seed": 0}, "--resume", "another version"),
+        ({"seed": 0}, "--resume", "another script, or version"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({"args": stored}))
         monkeypatch.setattr(sys, "argv", ["s5_ppo_meta.py", flag, str(tmp_path)])
@@ -337,7 +342,8 @@ def test_a_suite_gives_what_no_flag_overrides(suite):
 
 
 def test_an_evaluation_alone_keeps_what_the_run_had_unless_told_otherwise(monkeypatch, tmp_path):
-    stored = Args(train_tasks=("pendulum",), trial_length=70, trial_episodes=0, eval_trials=5, d_model=24, num_envs=32)
+    flags = {"train_tasks": ("pendulum",), "trial_length": 70, "trial_episodes": 0, "eval_trials": 5, "d_model": 24}
+    stored = Args(**flags, num_envs=64, num_devices=2, track=True)  # of which an evaluation needs neither
     (tmp_path / "checkpoint" / "1").mkdir(parents=True)
     (tmp_path / "config.json").write_text(json.dumps({"args": dataclasses.asdict(stored)}))
     given = (("", 5, 140), ("--eval-trials 7", 7, 140), ("--eval-trial-length 90", 5, 90))
@@ -348,3 +354,4 @@ def test_an_evaluation_alone_keeps_what_the_run_had_unless_told_otherwise(monkey
         args, _, _ = setup()
         assert (args.train_tasks, args.trial_length, args.d_model) == (("pendulum",), 70, 24)
         assert (args.eval_trials, args.eval_trial_length) == (trials, length)
+        assert args.num_devices == 1 and not args.track

@@ -216,7 +216,7 @@ def test_step_size_falls_linearly_over_the_optimiser_steps_that_really_run():
 
     init, train = make_train(args, Environment(args))
     state, train = jax.jit(init)(jax.random.key(0)), jax.jit(train)
-    for _ in range(args.num_updates // args.updates_per_call):
+    for _ in range(args.num_updates // args.log_interval):
         before, (state, _) = state, train(state)
     counts = [int(x) for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.int32]
     assert counts and set(counts) == {steps}

@@ -46,7 +46,7 @@ def rollouts(model, task, num_rollouts=2):
 
 
 @pytest.mark.parametrize(
-    ("model", "task"), [("lstm", "memory"), ("lstm", "limit"), ("transformer-5", "memory"), ("transformer-64", "limit")]
+    ("model", "task"), [("lstm", "memory"), ("lstm", "limit"), ("transformer-5", "limit"), ("transformer-64", "memory")]
 )
 def test_before_a_gradient_step_the_learner_computes_what_the_actor_did(model, task, monkeypatch):
     monkeypatch.setattr(transformer_ppo, "QUERY_BLOCK", 4)

@@ -25,7 +25,7 @@ LONG = f"{TINY} --anneal-lr --checkpoint-interval 0 --total-timesteps {CALLS * 2
 
 
 def start(cwd, flags):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "80"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, SCRIPT, *flags.split()], cwd=cwd, env=environment, **pipes)
 
@@ -124,15 +124,26 @@ def test_after_a_kill_the_resumed_run_is_the_uninterrupted_one(tmp_path, uninter
 
 
 def test_resume_with_a_larger_total_goes_on_for_longer(tmp_path):
-    code, _, err = finish(start(tmp_path, f"{TINY} --total-timesteps 64"))
+    code, _, err = finish(start(tmp_path, f"{TINY} --total-timesteps 32"))  # both totals are rounded up
     assert code == 0, err
     path = run_dir(tmp_path)
     first = rows(path)
-    code, _, err = finish(start(tmp_path, f"--resume {path} --total-timesteps 192"))
+    code, _, err = finish(start(tmp_path, f"--resume {path} --total-timesteps 160"))
     assert code == 0, err
     assert [int(row["global_step"]) for row in rows(path)] == [64, 128, 192]
     assert rows(path)[:1] == first
-    assert json.loads((path / "config.json").read_text())["args"]["total_timesteps"] == 192
+    assert json.loads((path / "config.json").read_text())["args"]["total_timesteps"] == 160
+    code, _, err = finish(start(tmp_path, f"--resume {path} --total-timesteps 64"))
+    assert_refused(code, err, "--total-timesteps")
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    code, _, err = finish(
+        start(tmp_path, f"{TINY} --learning-rate 1e30 --checkpoint-interval 0 --total-timesteps 6400")
+    )
+    assert code == 1 and "error: the gradient was not finite after update" in err and "--resume" in err, err
+    path = run_dir(tmp_path)
+    assert not any("nan" in row.values() for row in rows(path)) and not (path / "eval.json").exists()
 
 
 # ---- what it refuses
@@ -156,6 +167,7 @@ BAD = {
     "no seeds": ("--num-seeds 0", "--num-seeds"),
     "negative step size": ("--learning-rate -1", "--learning-rate"),
     "no dt": ("--dt-min 0", "--dt-min"),
+    "no number": ("--learning-rate nan", "--learning-rate"),
 }
 
 
@@ -170,6 +182,15 @@ def test_bad_input_is_refused_in_one_line_that_names_the_flag(monkeypatch, capsy
     with pytest.raises(SystemExit) as refusal:
         setup()
     assert_refused(refusal.value.code, capsys.readouterr().err, flag)
+
+
+def test_a_run_of_another_script_is_refused(monkeypatch, capsys, tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "config.json").write_text('{"args": {"seed": 0}}')
+    monkeypatch.setattr(sys, "argv", ["s5_ppo_memory.py", "--resume", str(tmp_path)])
+    with pytest.raises(SystemExit) as refusal:
+        setup()
+    assert_refused(refusal.value.code, capsys.readouterr().err, "another script")
 
 
 @pytest.mark.parametrize("name", ["minibatches of broken environments", "continuous actions"])

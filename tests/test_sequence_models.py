@@ -1,7 +1,9 @@
 """What S5, LSTM and Transformer have in common, and what each computes."""
 
+import inspect
 from functools import cache, partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -149,6 +151,11 @@ def test_defaults_have_as_many_parameters_as_those_of_s5_within_ten_percent(modu
     assert (ours.d_model, ours.num_layers) == (theirs.d_model, theirs.num_layers)
 
 
+def test_a_block_of_lstm_is_wired_as_one_of_s5():
+    one, other = (inspect.getsource(module.SequenceModel.__call__) for module in MODELS[:2])
+    assert one.replace("S5", "LSTM") == other
+
+
 # ---- which steps an output depends on
 @pytest.mark.parametrize("cuts", CUTS, ids=lambda cuts: f"{len(cuts) + 1}-calls")
 @pytest.mark.parametrize("name", SMALL)
@@ -250,10 +257,33 @@ def test_attention_is_its_definition(window):
 
 def test_where_in_an_episode_it_stands_makes_no_difference():
     _, apply, params, carry = build("transformer-4", num_layers=1)
-    x, no_reset = inputs(0, 5000), np.zeros((5000, N), bool)
+    x, no_reset = inputs(0, 5001), np.zeros((5001, N), bool)  # 5001 - T is no multiple of W
     _, late = apply(params, carry, x, no_reset)
     _, early = apply(params, carry, x[-T:], no_reset[-T:])
     np.testing.assert_allclose(late[-1], early[-1], atol=1e-3)
+
+
+def test_a_block_of_the_transformer_is_pre_norm_attention_then_two_dense_layers():
+    args, apply, params, carry = build("transformer-40", num_layers=1)
+    p, x, no_reset = params["params"], inputs(0), np.zeros((T, N), bool)
+
+    def norm(i, x):
+        return nn.LayerNorm().apply({"params": p[f"LayerNorm_{i}"]}, x)
+
+    def dense(i, x):
+        return x @ p[f"Dense_{i}"]["kernel"] + p[f"Dense_{i}"]["bias"]
+
+    attend = transformer_ppo.Attention(args).apply
+    x1 = x + attend({"params": p["Attention_0"]}, carry[0], norm(0, x), no_reset)[1]
+    expected = x1 + dense(1, nn.gelu(dense(0, norm(1, x1))))
+    np.testing.assert_allclose(apply(params, carry, x, no_reset)[1], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_memory_that_is_checked_is_that_of_keys_and_values():
+    args = transformer_ppo.Args(num_seeds=3, num_layers=3, eval_episodes=1)
+    assert args.context_length > args.memory_length  # the default window covers an episode of the default task
+    carry = jax.eval_shape(lambda: transformer_ppo.SequenceModel(args).initial_carry(2 * args.num_envs))
+    assert args.cache_bytes == 3 * sum(4 * (cache.keys.size + cache.values.size) for cache in carry)
 
 
 @pytest.mark.parametrize("steps", [1, 6])

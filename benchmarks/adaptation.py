@@ -1,0 +1,157 @@
+"""Learning in context with three seeds, beside a network without memory: the tables and figures of the README.
+
+    python benchmarks/adaptation.py                             # suite cartpole, half an hour on one core
+    python benchmarks/adaptation.py --suite classic             # five hours on one core
+    python benchmarks/adaptation.py --suite classic --runs runs/A runs/B    # finished runs, in place of training
+
+Trains s5_ppo_meta.py with FLAGS and seeds 0, 1 and 2, and with --num-layers 0 and seed 0, in runs/. Writes, beside this
+file, adaptation_runs.csv, a row a run; SUITE_adaptation.csv, the adaptation.csv of all runs; and SUITE_adaptation.png;
+and prints the README's table. Scores: 0 is the better of random actions and none, 1 a specialist.
+"""
+
+import csv
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+import numpy as np
+import tyro
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from s5_ppo_meta import TASKS  # noqa: E402
+
+FLAGS = {"cartpole": [], "classic": ["--suite", "classic", "--anneal-lr", "--total-timesteps", "96000000"]}
+RUNS = [["--seed", "0"], ["--seed", "1"], ["--seed", "2"], ["--seed", "0", "--num-layers", "0"]]
+MEMORIES = ("memory kept", "wiped every episode", "wiped every step", "trained without")
+
+
+@dataclass
+class Args:
+    suite: Literal["cartpole", "classic"] = "cartpole"
+    """suite of s5_ppo_meta.py"""
+    runs: tuple[Path, ...] = ()
+    """finished runs to read instead of training"""
+
+
+def train(flags):
+    """Runs the script in the repository's root and returns the new run directory."""
+    folder = HERE.parent / "runs"
+    before = set(folder.glob("*"))
+    subprocess.run([sys.executable, "s5_ppo_meta.py", *flags], cwd=HERE.parent, check=True)
+    (run_dir,) = set(folder.glob("*")) - before
+    return run_dir
+
+
+def read(path):
+    if not path.exists():
+        return []
+    with path.open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def write(path, rows):
+    with path.open("w", newline="") as f:
+        table = csv.DictWriter(f, rows[0], lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+
+def load(run_dir):
+    """A row for adaptation_runs.csv, and rows for SUITE_adaptation.csv."""
+    config, timing = (json.loads((run_dir / name).read_text()) for name in ("config.json", "eval.json"))
+    args = config["args"]
+    which = {"suite": args["suite"], "seed": args["seed"], "num_layers": args["num_layers"]}
+    (*_, last) = read(run_dir / "metrics.csv")
+    run = which | {"steps": last["global_step"], "total_seconds": round(timing["total_seconds"])}
+    run |= {"steps_per_second": round(timing["steps_per_second"]), "device": config["device"]}
+    run |= {"run": run_dir.name, "command": config["command"]}
+    rows = []
+    for row in read(run_dir / "adaptation.csv"):
+        if args["num_layers"] == 0:
+            if row["memory"] != "kept":
+                continue  # there is nothing to wipe
+            row["memory"] = "trained without"
+        numbers = {name: f"{float(row[name]):.4g}" if row[name] else "" for name in ("x", "mean", "interval")}
+        rows.append({"seed": args["seed"]} | row | numbers | {"memory": row["memory"].replace("kept", "memory kept")})
+    return run, rows, args["held_out_tasks"]
+
+
+def pick(rows, task, memory, against, name):
+    """A column of the rows as an array (seeds, x), as far as all seeds have an x."""
+    mine = [r for r in rows if (r["task"], r["memory"], r["against"]) == (task, memory, against)]
+    runs = [[float(r[name] or "nan") for r in mine if r["seed"] == seed] for seed in sorted({r["seed"] for r in mine})]
+    shortest = min(map(len, runs), default=0)
+    return np.array([run[:shortest] for run in runs]).reshape(len(runs), shortest)
+
+
+def print_table(rows, tasks, held_out):
+    """The second halves of trials, a number a seed, and what else the README tells of them."""
+
+    def text(numbers):
+        return " / ".join(f"{x:.2f}" for x in numbers) or "–"
+
+    scores = {task: [pick(rows, task, memory, "second half", "mean").sum(1) for memory in MEMORIES] for task in tasks}
+    for name, of_group in (("training", False), ("held-out", True)):
+        members = [scores[task] for task in tasks if (task in held_out) == of_group]
+        if members:
+            scores[f"**mean of the {name} tasks**"] = [np.mean(x, axis=0) for x in zip(*members, strict=True)]
+    print("\n| task |", " | ".join(MEMORIES), "|\n|---|---|---|---|---|")
+    for task, columns in scores.items():
+        print(f"| {task}{', held out' if task in held_out else ''} |", " | ".join(map(text, columns)), "|")
+    for task in tasks:
+        widest = [pick(rows, task, memory, "second half", "interval").max(initial=0) for memory in MEMORIES]
+        print(f"{task}: widest interval over trials, column by column: ±", text(widest))
+        for memory in MEMORIES[1:3]:
+            worth = [pick(rows, task, memory, "kept minus this", name)[:, 0] for name in ("mean", "interval")]
+            print(f"    kept minus {memory}: {text(worth[0])} ± {text(worth[1])}")
+        for memory in MEMORIES:
+            score = pick(rows, task, memory, "episode", "mean").T
+            returns = TASKS[task].zero + score * (TASKS[task].one - TASKS[task].zero)
+            shown = (f"{i}: {text(returns[i])}" for i in (0, 1, 3, 15, 31) if i < len(returns))
+            print(f"    {memory}, return by episode:", "; ".join(shown))
+
+
+def plot(rows, tasks, held_out, path):
+    """Score against the episode of a trial: mean over seeds and each seed."""
+    columns = min(len(tasks), 5)
+    lines = -(-len(tasks) // columns)
+    fig, axes = plt.subplots(
+        lines, columns, figsize=(3 * columns + 1, 2.8 * lines), layout="constrained", squeeze=False
+    )
+    for ax in axes.flat[len(tasks) :]:
+        ax.set_axis_off()
+    for task, ax in zip(tasks, axes.flat, strict=False):
+        for memory, color in zip(MEMORIES, ("C0", "C1", "C2", "grey"), strict=True):
+            mean, trials = (pick(rows, task, memory, "episode", name) for name in ("mean", "trials"))
+            if mean.size:  # and leave out episodes that few trials came to: they were chosen by being short
+                many = np.flatnonzero((trials >= 0.5 * trials[:, :1]).all(0))
+                ax.plot(many, mean[:, many].T, color=color, alpha=0.35, linewidth=0.8)
+                ax.plot(many, mean[:, many].mean(0), color=color, label=memory)
+        ax.set(xlabel="episode of the trial", ylabel="score", title=task + (" (held out)" if task in held_out else ""))
+    axes[0, 0].legend(fontsize="x-small")
+    fig.savefig(path, dpi=150)
+
+
+def main():
+    args = tyro.cli(Args, description=__doc__)
+    loaded = [load(path) for path in args.runs or [train(FLAGS[args.suite] + flags) for flags in RUNS]]
+    runs, rows = [run for run, _, _ in loaded], [row for _, rows, _ in loaded for row in rows]
+    held_out = loaded[0][2]
+    others = [row for row in read(HERE / "adaptation_runs.csv") if row["suite"] != args.suite]
+    write(HERE / "adaptation_runs.csv", others + runs)
+    write(HERE / f"{args.suite}_adaptation.csv", rows)
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    plot(rows, tasks, held_out, HERE / f"{args.suite}_adaptation.png")
+    print_table(rows, tasks, held_out)
+
+
+if __name__ == "__main__":
+    main()
