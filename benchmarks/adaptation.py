@@ -95,8 +95,8 @@ def pick(rows, task, memory, against, name):
 def print_table(rows, tasks, held_out):
     """The second halves of trials, a number a seed, and what else the README tells of them."""
 
-    def text(numbers):
-        return " / ".join(f"{x:.2f}" for x in numbers) or "–"
+    def text(numbers, form=".2f"):
+        return " / ".join(f"{x:{form}}" for x in numbers) or "–"
 
     scores = {task: [pick(rows, task, memory, "second half", "mean").sum(1) for memory in MEMORIES] for task in tasks}
     for name, of_group in (("training", False), ("held-out", True)):
@@ -115,7 +115,7 @@ def print_table(rows, tasks, held_out):
         for memory in MEMORIES:
             score = pick(rows, task, memory, "episode", "mean").T
             returns = TASKS[task].zero + score * (TASKS[task].one - TASKS[task].zero)
-            shown = (f"{i}: {text(returns[i])}" for i in (0, 1, 3, 15, 31) if i < len(returns))
+            shown = (f"{i}: {text(returns[i], '.4g')}" for i in (0, 1, 3, 15, 31) if i < len(returns))
             print(f"    {memory}, return by episode:", "; ".join(shown))
 
 
@@ -136,6 +136,7 @@ def plot(rows, tasks, held_out, path):
                 ax.plot(many, mean[:, many].T, color=color, alpha=0.35, linewidth=0.8)
                 ax.plot(many, mean[:, many].mean(0), color=color, label=memory)
         ax.set(xlabel="episode of the trial", ylabel="score", title=task + (" (held out)" if task in held_out else ""))
+        ax.set_ylim(-0.6, 1.1)  # what is worse is cut off
     axes[0, 0].legend(fontsize="x-small")
     fig.savefig(path, dpi=150)
 

@@ -137,13 +137,11 @@ def test_resume_with_a_larger_total_goes_on_for_longer(tmp_path):
     assert_refused(code, err, "--total-timesteps")
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
-    code, _, err = finish(
-        start(tmp_path, f"{TINY} --learning-rate 1e30 --checkpoint-interval 0 --total-timesteps 6400")
-    )
-    assert code == 1 and "error: the gradient was not finite after update" in err and "--resume" in err, err
-    path = run_dir(tmp_path)
-    assert not any("nan" in row.values() for row in rows(path)) and not (path / "eval.json").exists()
+def test_a_gradient_that_is_not_finite_ends_the_run_and_is_neither_saved_nor_logged(tmp_path):
+    code, _, err = finish(start(tmp_path, f"{TINY} --learning-rate 1e30 --total-timesteps 6400"))
+    assert code == 1 and "error: the gradient was not finite after update 0" in err and "--resume" in err, err
+    assert {path.name for path in run_dir(tmp_path).iterdir()} == {"config.json", "checkpoint", "tensorboard"}
+    assert not list(run_dir(tmp_path).glob("checkpoint/*"))
 
 
 # ---- what it refuses
