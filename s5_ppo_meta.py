@@ -1064,10 +1064,10 @@ def report(run_dir, rows, env, args, console):
     axes[0, 0].legend(fontsize="x-small")
     fig.savefig(run_dir / "adaptation.png", dpi=150)
 
-    table = Table("task", *(f"memory {m}" for m in MEMORIES), *(f"kept - {m}" for m in MEMORIES[1:]))
+    table = Table("task", "memory kept", *(f"kept - {m}".replace(" every", "\nevery") for m in MEMORIES[1:]))
     table.title = "score over the second half of a trial: 0 random or idle, 1 specialist; 95 % interval over trials"
     for name in env.names:
-        cells = [pick(name, memory, "second half") for memory in MEMORIES]
+        cells = [pick(name, "kept", "second half")]
         cells += [pick(name, memory, "kept minus this") for memory in MEMORIES[1:]]
         title = name + (" (held out)" if name in args.held_out_tasks else "")
         cells = [f"{c[0]['mean']:.2f} ± {c[0]['interval']:.2f}" if c else "–" for c in cells]
