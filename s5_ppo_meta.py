@@ -23,10 +23,11 @@ What to expect, of the defaults with seeds 0 to 2, on one core of a cloud machin
 at 24,000 to 27,000 steps per second; a return (at most 1) of 0.42 to 0.46 after 2.5 million steps, 0.92 to 0.97 after
 10. On fresh matrices, 64 trials of 32 episodes, it is at least 0.90 in the first episode and 0.93 in the 32nd; with the
 memory wiped every step, 0.05. The paper's figure has 0.27 and 0.41. A specialist reaches 1.0 in 1.5 million steps. The
-classic suite had a mean score of 0.85 on its training tasks and 0.17 on the held-out ones after 96 million steps, 79
-minutes on one core, one seed, its step size lowered from 43 million steps on (README). Locomotion: 10,000 steps per
-second. Paper: 2 billion steps, as with --suite classic --total-timesteps 2000000000 --num-envs 4800 --num-layers 10
---d-model 256 (not run here). benchmarks/META_LOG.md tells what was tried.
+command for the classic suite above, with seeds 0 to 2, gives a mean score of 0.85, 0.82 and 0.90 on its training tasks
+and of 0.14, 0.12 and 0.19 on the held-out ones, in 77 to 90 minutes on one core; without memory 0.12 and -0.09
+(benchmarks/adaptation.py). Locomotion: 10,000 steps per second. Paper: 2 billion steps, as with --suite classic
+--total-timesteps 2000000000 --num-envs 4800 --num-layers 10 --d-model 256 (not run here). benchmarks/META_LOG.md tells
+what was tried.
 
 Where this departs from the paper, and why:
 - PPO, not experiment 4's Muesli, and a head that predicts the change of the observation and the reward: PPO alone gives
