@@ -617,9 +617,7 @@ class MetricsLog:
         gradient_steps = update * args.update_epochs * args.num_minibatches
         for i, writer in enumerate(self.writers):
             row = {name: float(values[i]) for name, values in metrics.items()}
-            row = {
-                name: None if np.isnan(value) else value for name, value in row.items()
-            }  # no episode ended: no number
+            row = {name: None if np.isnan(value) else value for name, value in row.items()}  # no episode: no number
             row["charts/learning_rate"] = float(learning_rate_schedule(args)(gradient_steps - 1))
             row["charts/SPS"] = round(steps_per_second)
             with self.path.open("a", newline="") as f:

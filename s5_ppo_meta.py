@@ -272,9 +272,8 @@ class Args:
         may_be_zero += ("trial_length", "trial_episodes", "eval_interval", "prediction_coef")
         for f in dataclasses.fields(self):
             flag, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
-            if type(value) in (int, float) and not (
-                value > 0 or (value == 0 and f.name in may_be_zero)
-            ):  # or it is NaN
+            # Written so that NaN is refused too.
+            if type(value) in (int, float) and not (value > 0 or (value == 0 and f.name in may_be_zero)):
                 raise ValueError(f"{flag} {value}: use {'0 or more' if f.name in may_be_zero else 'more than 0'}")
             if f.name in ("gamma", "gae_lambda") and value > 1:
                 raise ValueError(f"{flag} {value} is too large: use 1 or less")
@@ -1132,9 +1131,7 @@ class MetricsLog:
         gradient_steps = update * args.update_epochs * args.num_minibatches
         for i, writer in enumerate(self.writers):
             row = {name: float(values[i]) for name, values in metrics.items()}
-            row = {
-                name: None if np.isnan(value) else value for name, value in row.items()
-            }  # no episode ended: no number
+            row = {name: None if np.isnan(value) else value for name, value in row.items()}  # no episode: no number
             row["charts/learning_rate"] = float(learning_rate_schedule(args)(gradient_steps - 1))
             row["charts/SPS"] = round(steps_per_second)
             with self.path.open("a", newline="") as f:
