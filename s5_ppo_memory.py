@@ -824,6 +824,9 @@ def main():
         f"of {args.num_envs} x {args.num_steps}, {args.num_seeds} seed(s), {jax.devices()[0].device_kind}"
     )
 
+    signals = []  # Ctrl-C and kill end the loop after the call or compile in flight, so that nothing is lost
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
     compile_start = time.time()
     train = jax.jit(over_seeds(train, args), donate_argnums=0).lower(state).compile()
     compile_seconds = time.time() - compile_start
@@ -836,9 +839,6 @@ def main():
     zero_params = jax.tree.map(jnp.zeros_like, state.params)  # all logits equal: uniformly random actions
     chance = float(eval_fn(zero_params, eval_keys, env.params, False)[0].mean())
 
-    signals = []  # Ctrl-C and kill end the loop after the call in flight, so that nothing is lost
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
     log = MetricsLog(run_dir, args, update)
     with Progress(console=console) as progress:
         bar = progress.add_task("", total=args.num_updates, completed=update)

@@ -3,16 +3,20 @@
     python benchmarks/adaptation.py                             # suite cartpole, half an hour on one core
     python benchmarks/adaptation.py --suite classic             # five hours on one core
     python benchmarks/adaptation.py --suite classic --runs runs/A runs/B    # finished runs, in place of training
+    python benchmarks/adaptation.py --suite classic --runs runs/A runs/B --held-out-tasks cartpole-long pendulum-heavy
 
 Trains s5_ppo_meta.py with FLAGS and seeds 0, 1 and 2, and with --num-layers 0 and seed 0, in runs/. Writes, beside this
 file, adaptation_runs.csv, a row a run; SUITE_adaptation.csv, the adaptation.csv of all runs; and SUITE_adaptation.png;
-and prints the README's table. Scores: 0 is the better of random actions and none, 1 a specialist.
+and prints the README's table. Scores: 0 is the better of random actions and none, 1 a specialist. With --held-out-tasks
+copies of the runs are evaluated on these instead of the suite's own, and SUITE_held_out.{csv,png} are written.
 """
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +30,7 @@ from matplotlib import pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from s5_ppo_meta import TASKS  # noqa: E402
+from s5_ppo_meta import SUITES, TASKS  # noqa: E402
 
 FLAGS = {"cartpole": [], "classic": ["--suite", "classic", "--anneal-lr", "--total-timesteps", "96000000"]}
 RUNS = [["--seed", "0"], ["--seed", "1"], ["--seed", "2"], ["--seed", "0", "--num-layers", "0"]]
@@ -39,6 +43,8 @@ class Args:
     """suite of s5_ppo_meta.py"""
     runs: tuple[Path, ...] = ()
     """finished runs to read instead of training"""
+    held_out_tasks: tuple[str, ...] = ()
+    """tasks to evaluate finished runs on, if not those that they were evaluated on"""
 
 
 def train(flags):
@@ -48,6 +54,14 @@ def train(flags):
     subprocess.run([sys.executable, "s5_ppo_meta.py", *flags], cwd=HERE.parent, check=True)
     (run_dir,) = set(folder.glob("*")) - before
     return run_dir
+
+
+def evaluate(run_dir, held_out_tasks, folder):
+    """Evaluates a copy of a run, so that the run keeps its own evaluation; returns the copy."""
+    copy = shutil.copytree(run_dir, Path(folder) / run_dir.name)
+    command = [sys.executable, str(HERE.parent / "s5_ppo_meta.py"), "--eval-only", str(copy)]
+    subprocess.run([*command, "--held-out-tasks", *held_out_tasks], check=True)
+    return copy
 
 
 def read(path):
@@ -81,7 +95,7 @@ def load(run_dir):
             row["memory"] = "trained without"
         numbers = {name: f"{float(row[name]):.4g}" if row[name] else "" for name in ("x", "mean", "interval")}
         rows.append({"seed": args["seed"]} | row | numbers | {"memory": row["memory"].replace("kept", "memory kept")})
-    return run, rows, args["held_out_tasks"]
+    return run, rows
 
 
 def pick(rows, task, memory, against, name):
@@ -143,14 +157,20 @@ def plot(rows, tasks, held_out, path):
 
 def main():
     args = tyro.cli(Args, description=__doc__)
-    loaded = [load(path) for path in args.runs or [train(FLAGS[args.suite] + flags) for flags in RUNS]]
-    runs, rows = [run for run, _, _ in loaded], [row for _, rows, _ in loaded for row in rows]
-    held_out = loaded[0][2]
-    others = [row for row in read(HERE / "adaptation_runs.csv") if row["suite"] != args.suite]
-    write(HERE / "adaptation_runs.csv", others + runs)
-    write(HERE / f"{args.suite}_adaptation.csv", rows)
+    run_dirs = args.runs or [train(FLAGS[args.suite] + flags) for flags in RUNS]
+    with tempfile.TemporaryDirectory() as folder:
+        if args.held_out_tasks:
+            run_dirs = [evaluate(path, args.held_out_tasks, folder) for path in run_dirs]
+        loaded = [load(path) for path in run_dirs]
+    runs, rows = [run for run, _ in loaded], [row for _, rows in loaded for row in rows]
+    held_out = args.held_out_tasks or SUITES[args.suite]["held_out_tasks"]
+    if not args.held_out_tasks:
+        others = [row for row in read(HERE / "adaptation_runs.csv") if row["suite"] != args.suite]
+        write(HERE / "adaptation_runs.csv", others + runs)
+    name = f"{args.suite}_{'held_out' if args.held_out_tasks else 'adaptation'}"
+    write(HERE / f"{name}.csv", rows)
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    plot(rows, tasks, held_out, HERE / f"{args.suite}_adaptation.png")
+    plot(rows, tasks, held_out, HERE / f"{name}.png")
     print_table(rows, tasks, held_out)
 
 

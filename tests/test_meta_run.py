@@ -355,3 +355,7 @@ def test_an_evaluation_alone_keeps_what_the_run_had_unless_told_otherwise(monkey
         assert (args.train_tasks, args.trial_length, args.d_model) == (("pendulum",), 70, 24)
         assert (args.eval_trials, args.eval_trial_length) == (trials, length)
         assert args.num_devices == 1 and not args.track
+        assert args.held_out_tasks == ()
+    monkeypatch.setattr(sys, "argv", ["s5_ppo_meta.py", "--eval-only", str(tmp_path), "--held-out-tasks", "cartpole"])
+    args, env, eval_env = setup()
+    assert env.names == ("pendulum",) and eval_env.names == ("pendulum", "cartpole")

@@ -96,5 +96,7 @@ def test_measured_reference_scores_are_those_of_the_table():
         task = TASKS[row["task"]]
         assert task.zero == pytest.approx(max(float(row["random"]), float(row["idle"])), rel=0.01)
         assert task.spread == pytest.approx(float(row["spread"]), rel=0.01)
-        if row["specialist"]:
+        if row["task"] == "mountain-car":  # which the specialist does not solve: 1 is where gym has it solved
+            assert float(row["specialist"]) < task.zero and task.one == 90.0
+        elif row["specialist"]:
             assert task.one == pytest.approx(float(row["specialist"]), rel=0.01)

@@ -115,6 +115,21 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_uninterrupted_one(tmp_path, uni
     assert results(run_dir(tmp_path)) == results(uninterrupted)
 
 
+@pytest.mark.slow
+def test_ctrl_c_while_it_compiles_ends_the_run_before_its_first_update(tmp_path):
+    process = start(tmp_path, TINY)
+    while "parameters" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(0.2)  # compiling takes seconds
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    assert code == 130 and "stopped after update 0" in out and "--resume" in out, err
+    path = run_dir(tmp_path)
+    assert not (path / "metrics.csv").exists()
+    code, _, err = finish(start(tmp_path, f"--resume {path}"))
+    assert code == 0 and len(rows(path)) > 1, err
+
+
 def test_after_a_kill_the_resumed_run_is_the_uninterrupted_one(tmp_path, uninterrupted):
     code, _, path = interrupt(tmp_path, signal.SIGKILL)
     assert code == -signal.SIGKILL
