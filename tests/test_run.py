@@ -117,7 +117,7 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_uninterrupted_one(tmp_path, uni
 
 @pytest.mark.slow
 def test_ctrl_c_while_it_compiles_ends_the_run_before_its_first_update(tmp_path):
-    process = start(tmp_path, TINY)
+    process = start(tmp_path, f"{TINY} --total-timesteps 640")
     while "parameters" not in process.stdout.readline():
         assert process.poll() is None
     time.sleep(0.2)  # compiling takes seconds
