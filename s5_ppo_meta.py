@@ -93,23 +93,23 @@ class Task(NamedTuple):
 TASKS = {
     "cartpole-positions": Task("CartPole-v1", 200, 0.109, 0.999, 0.0461, seen=(0, 2), reward_scale=1 / 200),
     "cartpole": Task("CartPole-v1", 200, 21.8, 200.0, 9.22),
-    "cartpole-long": Task("CartPole-v1", 200, 21.8, 200.0, 9.22, params={"length": 1.0, "polemass_length": 0.1}),
+    "cartpole-long": Task("CartPole-v1", 200, 32.9, 200.0, 12.1, params={"length": 1.0, "polemass_length": 0.1}),
     "pendulum": Task("Pendulum-v1", 200, -1147.0, -160.0, 170.0),
     "pendulum-heavy": Task("Pendulum-v1", 200, -1280.0, -179.0, 172.0, params={"m": 1.5, "l": 0.8}),
     "point-robot": Task("PointRobot-misc", 100, -88.3, -35.4, 25.4, params={"dense_reward": True}),
     "point-robot-slow": Task(
-        "PointRobot-misc", 100, -88.3, -35.4, 25.4, params={"dense_reward": True, "max_force": 0.05}
+        "PointRobot-misc", 100, -88.3, -34.1, 22.2, params={"dense_reward": True, "max_force": 0.05}
     ),
     "gymnax-reacher": Task("Reacher-misc", 100, 14.3, 27.4, 7.76),
     "mountain-car": Task("MountainCarContinuous-v0", 200, 0.0, 90.0, 0.815),
     "inverted-pendulum": Task("inverted_pendulum", 200, 70.2, 200.0, 9.78),
     "inverted-double-pendulum": Task("inverted_double_pendulum", 200, 637.0, 1825.0, 82.3),
     "reacher": Task("reacher", 100, -23.2, -17.0, 15.6),
-    "hopper": Task("hopper", 200, 200.0, 400.0, 20.0),  # guesses, as all below
-    "walker2d": Task("walker2d", 200, 198.0, 400.0, 20.0),
-    "halfcheetah": Task("halfcheetah", 200, -0.6, 600.0, 10.0),
-    "ant": Task("ant", 200, 200.0, 800.0, 20.0),
-    "pusher": Task("pusher", 100, -100.0, -40.0, 20.0),
+    "hopper": Task("hopper", 200, 200.0, 400.0, 20.0),  # guesses
+    "walker2d": Task("walker2d", 200, 198.0, 400.0, 20.0),  # guesses
+    "halfcheetah": Task("halfcheetah", 200, -0.58, 611.5, 16.5),
+    "ant": Task("ant", 200, 200.0, 800.0, 20.0),  # guesses
+    "pusher": Task("pusher", 100, -100.0, -40.0, 20.0),  # guesses
 }
 # What --suite stands for; flags of the same names override it. Trials count steps or episodes: the other is 0.
 SUITES = {
