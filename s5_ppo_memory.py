@@ -12,15 +12,16 @@ The agent sees a cue, +1 or -1, at the start of an episode, then only a countdow
 answer with the cue. Its memory is S5, a linear state space layer whose state can be started from a stored
 value and reset in the middle of a parallel scan: PPO learns from whole rollouts, whatever episodes begin and end there.
 
-    python s5_ppo_memory.py                        # length 128, under a minute on two CPU cores
-    python benchmarks/memory_length.py             # the paper's figure, 8 hours; prints the flags for long memories
+    python s5_ppo_memory.py                        # length 128, about a minute on two CPU cores
+    python benchmarks/memory_length.py             # the paper's figure, hours; prints the flags for long memories
     python s5_ppo_memory.py --env-id CartPole-v1   # any gymnax environment with a flat Box and Discrete actions
     python s5_ppo_memory.py --resume runs/RUN      # goes on after Ctrl-C or a kill
 
 What to expect, on two cores of a cloud machine's CPU on 2026-11-23: length 128 with the defaults takes 42 to 45 seconds
-from process start, 8 to 9 of them for compiling, at 26,000 to 31,000 steps per second, and answers 128 of 128 questions
-right for each of seeds 0 to 4 (benchmarks/first_minute.py). Longer memories need rollouts of two episodes, slower
-states and less credit for the actions that do not count: benchmarks/LOG.md tells how that was found.
+from process start (54 and 63 in a slower hour), 8 to 9 of them for compiling, at 26,000 to 31,000 steps per second, and
+answers 128 of 128 questions right for each of seeds 0 to 4 (benchmarks/first_minute.py). Longer memories need rollouts
+of two episodes, slower states and less credit for the actions that do not count: benchmarks/LOG.md tells how that was
+found.
 
 Where this departs from the paper, and why:
 - PPO on many environments, not A2C on one: it fills the machine, and is what people use.

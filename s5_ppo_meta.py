@@ -20,7 +20,7 @@ network with its memory wiped, on new matrices and on tasks that were never trai
     python s5_ppo_meta.py --resume runs/RUN              # goes on after Ctrl-C or a kill
 
 What to expect, of the defaults with seeds 0 to 2, on one core of a cloud machine's CPU on 2026-11-23: 7 to 8 minutes,
-at 24,000 to 27,000 steps per second; a return (at most 1) of 0.42 to 0.46 after 2.5 million steps, 0.92 to 0.97 after
+at 22,000 to 26,000 steps per second; a return (at most 1) of 0.42 to 0.46 after 2.5 million steps, 0.92 to 0.97 after
 10. On fresh matrices, 64 trials of 32 episodes, it is at least 0.90 in the first episode and 0.93 in the 32nd; with the
 memory wiped every step, 0.05. The paper's figure has 0.27 and 0.41. A specialist reaches 1.0 in 1.5 million steps. The
 command for the classic suite above, with seeds 0 to 2, gives a mean score of 0.85, 0.82 and 0.90 on its training tasks

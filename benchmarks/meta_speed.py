@@ -84,6 +84,8 @@ def main():
         "device": jax.devices()[0].device_kind,
         "cores": len(os.sched_getaffinity(0)),
         "suite": args.suite,
+        "num_envs": script.num_envs,
+        "num_minibatches": script.num_minibatches,
         "steps_per_second": round(script.batch_size / update),
         "physics_share": f"{physics / update:.2f}",
         "acting_share": f"{(update - learning - physics) / update:.2f}",

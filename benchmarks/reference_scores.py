@@ -1,7 +1,7 @@
 """What a return is worth in each task of s5_ppo_meta.py: the numbers in its table TASKS.
 
     python benchmarks/reference_scores.py                                    # all tasks; hours on 2 cores
-    python benchmarks/reference_scores.py --tasks reacher --steps 3000000    # one; the table keeps the others
+    python benchmarks/reference_scores.py --tasks halfcheetah --steps 4000000    # one; the table keeps the others
     python benchmarks/reference_scores.py --steps 0                          # random and no actions only, minutes
 
 Writes reference_scores.csv beside this file. Of each task, over whole episodes: the mean return of uniformly random
@@ -33,7 +33,7 @@ from s5_ppo_meta import Args as ScriptArgs  # noqa: E402
 class Args:
     tasks: tuple[str, ...] = tuple(TASKS)
     """rows of TASKS"""
-    steps: int = 3_000_000
+    steps: int = 1_500_000
     """training steps of a specialist; 0 keeps the stored ones"""
     episodes: int = 256
     """episodes of random and of no actions"""
