@@ -386,7 +386,8 @@ class CopiesOf:
                     f"task {name} has {self.space.n} discrete actions: use one that has two, or continuous"
                 )
         else:
-            from brax import envs
+            with contextlib.redirect_stdout(io.StringIO()):  # which would complain of packages that nobody needs here
+                from brax import envs
 
             self.env, self.params = envs.get_environment(self.task.env_id, backend=args.brax_backend), None
             self.obs_size, self.action_size = self.env.observation_size, self.env.action_size
