@@ -149,13 +149,19 @@ def main():
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     for (name, curve), color in zip(PAPER.items(), ("C0", "C1", "C2"), strict=True):
         ax.plot(curve.keys(), curve.values(), "o--", color=color, alpha=0.5, markersize=3, label=f"paper: {name}")
-    for (name, script), color in zip(SCRIPTS.items(), ("C3", "C4", "C5"), strict=True):
+    looks = (
+        ("C3", 5, 0.94),
+        ("C4", 3, 1.0),
+        ("C5", 1, 1.06),
+    )  # color, line width, and a step aside: many points coincide
+    for (name, script), (color, width, aside) in zip(SCRIPTS.items(), looks, strict=True):
         points = [(int(row["length"]), float(row["greedy_return"])) for row in table if row["model"] == name]
         if points:
             lengths, returns = np.array(points).T
-            ax.plot(lengths, returns, ".", color=color, markersize=5)
+            ax.plot(lengths * aside, returns, ".", color=color, markersize=5)
             medians = {length: np.median(returns[lengths == length]) for length in np.unique(lengths)}
-            ax.plot(medians.keys(), medians.values(), "-", color=color, label=f"{script}: median and each seed")
+            label = f"{script}: median and each seed"
+            ax.plot(medians.keys(), medians.values(), color=color, linewidth=width, label=label)
     ax.axhline(0, color="grey", linewidth=1, linestyle=":", label="chance")
     ax.set_xscale("log", base=2)
     ax.set(xlabel="memory length", ylabel="mean return", title="bsuite memory length")
