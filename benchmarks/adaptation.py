@@ -151,7 +151,7 @@ def plot(rows, tasks, held_out, path):
                 ax.plot(many, mean[:, many].mean(0), color=color, label=memory)
         ax.set(xlabel="episode of the trial", ylabel="score", title=task + (" (held out)" if task in held_out else ""))
         ax.set_ylim(-0.6, 1.1)  # what is worse is cut off
-    axes[0, 0].legend(fontsize="x-small")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="x-small")
     fig.savefig(path, dpi=150)
 
 

@@ -2,11 +2,12 @@
 
     python benchmarks/foresight.py runs/SEED_0 runs/SEED_1 runs/SEED_2 runs/WITHOUT_MEMORY    # minutes
 
-Takes finished runs of one suite. In trials on fresh matrices, nothing learned but in the memory, the network predicts
-at every step the change of observation and reward. Its squared error, in units of the squared change of all steps, both
-scaled as in training, would be 1 on average for "nothing will change" and 0 for a perfect model. It is drawn against
-the step of the episode, for the first episode of a trial and for the later ones: where it falls, the agent learns the
-body; where later episodes begin lower, it has kept that. Writes SUITE_foresight.{csv,png} beside this file.
+Takes finished runs of one suite. In trials on fresh matrices, with the weights fixed, the network predicts at every
+step the change of observation and reward. The squared error, in the units of training (each entry's usual change in the
+task, cut at 3 of them) and divided by the mean of all squared changes, is drawn against the step of the episode, for
+the first episode of a trial and for the later ones, beside the error of predicting no change at all. Where it falls
+away from that, the agent learns the body; where later episodes begin lower, it has kept that. Units are those of one
+run, so levels do not compare between runs exactly. Writes SUITE_foresight.{csv,png} beside this file.
 """
 
 import csv
@@ -41,7 +42,7 @@ class Args:
     trials: int = 64
     """trials of each task and run"""
     episodes: int = 4
-    """episodes of a trial, as far as they last to their time limit"""
+    """length of a trial, in time limits of the longest task; episodes that end early are more"""
 
 
 def load(run_dir):
@@ -83,9 +84,13 @@ def rollout(args, params, spread, trials, episodes):
 
 
 def unforeseen(prediction, change, done):
-    """Of one task, (S, E, o + 1) and (S, E): {which episodes: (FIRST_STEPS,) error by step of the episode}."""
+    """Of one task, (S, E, o + 1) and (S, E): {which episodes: (2, FIRST_STEPS) by step of the episode}.
+
+    The two are the error of the prediction, and of predicting that nothing changes.
+    """
     usual = np.abs(change).mean((0, 1))  # the units of training
     target = np.clip(change / (usual + 1e-4), -3, 3)
+    power = np.square(target).mean(-1) / np.square(target).mean()
     error = np.square(prediction - target).mean(-1) / np.square(target).mean()
     steps = np.arange(len(done))[:, None]
     begun = np.vstack([np.zeros_like(done[:1]), done[:-1]])  # a step is the first of an episode other than the first
@@ -93,46 +98,55 @@ def unforeseen(prediction, change, done):
     episode = begun.cumsum(0)
     errors = {}
     for which, mine in zip(WHICH, (episode == 0, episode > 0), strict=True):
-        sums = [np.bincount(place[mine], x, FIRST_STEPS)[:FIRST_STEPS] for x in (error[mine], None)]
+        sums = [np.bincount(place[mine], x, FIRST_STEPS)[:FIRST_STEPS] for x in (error[mine], power[mine], None)]
         with np.errstate(invalid="ignore"):
-            errors[which] = sums[0] / sums[1]
+            errors[which] = np.array(sums[:2]) / sums[2]
     return errors
 
 
 def plot(rows, held_out, path):
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     columns = min(len(tasks), 5)
-    lines = -(-len(tasks) // columns)
+    height = -(-len(tasks) // columns)
     fig, axes = plt.subplots(
-        lines, columns, figsize=(3 * columns + 1, 2.8 * lines), layout="constrained", squeeze=False
+        height, columns, figsize=(3 * columns + 1, 2.8 * height), layout="constrained", squeeze=False
     )
     for ax in axes.flat[len(tasks) :]:
         ax.set_axis_off()
+    lines = (  # layers, which episodes, what, label, color
+        (1, WHICH[1], "no_change", "no change predicted, later episodes", "black"),
+        (0, WHICH[1], "error", "network without memory, later episodes", "grey"),
+        (1, WHICH[0], "error", WHICH[0], "C1"),
+        (1, WHICH[1], "error", WHICH[1], "C0"),
+    )
     for task, ax in zip(tasks, axes.flat, strict=False):
-        for (layers, which), color in {(1, WHICH[0]): "C1", (1, WHICH[1]): "C0", (0, WHICH[1]): "grey"}.items():
+        for layers, which, what, label, color in lines:
             mine = [r for r in rows if (r["task"], r["episodes"], min(r["num_layers"], 1)) == (task, which, layers)]
-            curves = np.array([[r["error"] for r in mine if r["seed"] == seed] for seed in {r["seed"] for r in mine}])
+            curves = np.array([[r[what] for r in mine if r["seed"] == seed] for seed in {r["seed"] for r in mine}])
             if curves.size:
-                steps = np.arange(1, FIRST_STEPS + 1)
-                ax.plot(steps, curves.T, color=color, alpha=0.35, linewidth=0.8)
-                ax.plot(steps, curves.mean(0), color=color, label=which if layers else "trained without memory")
-        ax.set(xscale="log", xlabel="step of the episode", ylabel="squared error of prediction", ylim=(0, 1.3))
+                steps, style = np.arange(1, FIRST_STEPS + 1), ":" if what == "no_change" else "-"
+                if style == "-":
+                    ax.plot(steps, curves.T, color=color, alpha=0.35, linewidth=0.8)
+                ax.plot(steps, curves.mean(0), style, color=color, label=label)
+        ax.set(xscale="log", xlabel="step of the episode", ylabel="squared error of prediction", ylim=(0, 2))
         ax.set_title(task + (" (held out)" if task in held_out else ""))
-    axes[0, 0].legend(fontsize="x-small")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="x-small")
     fig.savefig(path, dpi=150)
 
 
 def main():
     args = tyro.cli(Args, description=__doc__)
-    rows = []
-    for run_dir in args.runs:
-        run, params, spread = load(run_dir)
+    loaded, rows = [load(run_dir) for run_dir in args.runs], []
+    if len({run.suite for run, _, _ in loaded}) != 1:
+        sys.exit("error: runs: name finished runs of one suite, under runs/")
+    for run_dir, (run, params, spread) in zip(args.runs, loaded, strict=True):
         prediction, change, done = rollout(run, params, spread, args.trials, args.episodes)
         for k, task in enumerate(run.train_tasks + run.held_out_tasks):
             for which, errors in unforeseen(prediction[:, k], change[:, k], done[:, k]).items():
-                print(run_dir.name, task, which, *(f"{i + 1}: {errors[i]:.2f}" for i in (0, 1, 3, 9, 31, 99)))
+                print(run_dir.name, task, which, *(f"{i + 1}: {errors[0, i]:.2f}" for i in (0, 1, 3, 9, 31, 99)))
                 own = {"seed": run.seed, "num_layers": run.num_layers, "task": task, "episodes": which}
-                rows += [own | {"step": i + 1, "error": round(float(x), 4)} for i, x in enumerate(errors)]
+                for i, (error, no_change) in enumerate(errors.T.round(4).tolist()):
+                    rows.append(own | {"step": i + 1, "error": error, "no_change": no_change})
     name = f"{run.suite}_foresight"
     with (HERE / f"{name}.csv").open("w", newline="") as f:
         table = csv.DictWriter(f, rows[0], lineterminator="\n")

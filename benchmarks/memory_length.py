@@ -146,14 +146,11 @@ def main():
         write(path, sorted(rows, key=lambda row: (row["model"], int(row["length"]))))
     table = read(path)
 
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    fig, ax = plt.subplots(figsize=(7, 4.8), layout="constrained")
     for (name, curve), color in zip(PAPER.items(), ("C0", "C1", "C2"), strict=True):
         ax.plot(curve.keys(), curve.values(), "o--", color=color, alpha=0.5, markersize=3, label=f"paper: {name}")
-    looks = (
-        ("C3", 5, 0.94),
-        ("C4", 3, 1.0),
-        ("C5", 1, 1.06),
-    )  # color, line width, and a step aside: many points coincide
+    # Many lines and points coincide: so widths differ, and points stand a little aside of their length.
+    looks = (("C3", 5, 0.94), ("C4", 3, 1.0), ("C5", 1, 1.06))
     for (name, script), (color, width, aside) in zip(SCRIPTS.items(), looks, strict=True):
         points = [(int(row["length"]), float(row["greedy_return"])) for row in table if row["model"] == name]
         if points:
@@ -164,8 +161,8 @@ def main():
             ax.plot(medians.keys(), medians.values(), color=color, linewidth=width, label=label)
     ax.axhline(0, color="grey", linewidth=1, linestyle=":", label="chance")
     ax.set_xscale("log", base=2)
-    ax.set(xlabel="memory length", ylabel="mean return", title="bsuite memory length")
-    ax.legend(fontsize=8, loc="lower left")
+    ax.set(xlabel="memory length", ylabel="return, -1 to 1", title="bsuite memory length")
+    fig.legend(loc="outside lower center", ncols=2, fontsize=8)
     fig.savefig(HERE / "memory_length.png", dpi=150)
 
 

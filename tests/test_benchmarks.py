@@ -17,7 +17,9 @@ def test_errors_of_prediction_go_by_the_step_of_the_episode_in_units_of_the_usua
     change = np.full((6, 2, 1), 5.0)
     prediction = np.where(foreseen[..., None], 1.0, 0.0)  # the usual change, or none
     errors = foresight.unforeseen(prediction, change, done)
-    first, later = errors["first episode"], errors["later episodes"]
+    for no_change in (errors["first episode"][1, :6], errors["later episodes"][1, :3]):
+        np.testing.assert_allclose(no_change, 1.0, atol=1e-4)
+    first, later = errors["first episode"][0], errors["later episodes"][0]
     np.testing.assert_allclose(first[:6], [1, 0.5, 0, 0, 0, 0], atol=1e-4)
     np.testing.assert_allclose(later[:3], [1, 0, 0], atol=1e-4)
     assert np.isnan(first[6:]).all() and np.isnan(later[3:]).all()
