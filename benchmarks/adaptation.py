@@ -5,10 +5,11 @@
     python benchmarks/adaptation.py --suite classic --runs runs/A runs/B    # finished runs, in place of training
     python benchmarks/adaptation.py --suite classic --runs runs/A runs/B --held-out-tasks cartpole-long pendulum-heavy
 
-Trains s5_ppo_meta.py with FLAGS and seeds 0, 1 and 2, and with --num-layers 0 and seed 0, in runs/. Writes, beside this
-file, adaptation_runs.csv, a row a run; SUITE_adaptation.csv, the adaptation.csv of all runs; and SUITE_adaptation.png;
-and prints the README's table. Scores: 0 is the better of random actions and none, 1 a specialist. With --held-out-tasks
-copies of the runs are evaluated on these instead of the suite's own, and SUITE_held_out.{csv,png} are written.
+Trains s5_ppo_meta.py with FLAGS and seeds 0, 1 and 2, and with --num-layers 0 and seed 0, in runs/, where no other run
+may be started meanwhile. Writes, beside this file, adaptation_runs.csv, a row a run; SUITE_adaptation.csv, the
+adaptation.csv of all runs; and SUITE_adaptation.png; and prints the README's table. Scores: 0 is the better of random
+actions and none, 1 a specialist. With --held-out-tasks copies of the runs are evaluated on these instead of the suite's
+own, and SUITE_held_out.{csv,png} are written.
 """
 
 import csv
