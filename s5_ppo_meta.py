@@ -25,9 +25,9 @@ at 22,000 to 26,000 steps per second; a return (at most 1) of 0.42 to 0.46 after
 memory wiped every step, 0.05. The paper's figure has 0.27 and 0.41. A specialist reaches 1.0 in 1.5 million steps. The
 command for the classic suite above, with seeds 0 to 2, gives a mean score of 0.85, 0.82 and 0.90 on its training tasks
 and of 0.14, 0.12 and 0.19 on the held-out ones, in 77 to 90 minutes on one core; without memory 0.12 and -0.09
-(benchmarks/adaptation.py). Locomotion: 10,000 steps per second. Paper: 2 billion steps, as with --suite classic
---total-timesteps 2000000000 --num-envs 4800 --num-layers 10 --d-model 256 (not run here). benchmarks/META_LOG.md tells
-what was tried.
+(benchmarks/adaptation.py). Locomotion: 9,800 steps per second, run for 5 million only. Paper: 2 billion steps, as with
+--suite classic --total-timesteps 2000000000 --num-envs 4800 --num-layers 10 --d-model 256 (not run here).
+benchmarks/foresight.py shows what the memory knows of a body, benchmarks/META_LOG.md tells what was tried.
 
 Where this departs from the paper, and why:
 - PPO, not experiment 4's Muesli, and a head that predicts the change of the observation and the reward: PPO alone gives
