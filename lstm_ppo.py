@@ -18,11 +18,12 @@ of the sequence model, and the sequence model.
     python lstm_ppo.py --env-id CartPole-v1        # any gymnax environment with a flat Box and Discrete actions
     python lstm_ppo.py --resume runs/RUN           # goes on after Ctrl-C or a kill
 
-What to expect, on one core of a cloud machine's CPU on 2026-11-23, seed 0, the only one run: the defaults take 95
-seconds from process start, 23 of them for compiling, at 11,500 steps per second, and answer 128 of 128 questions right,
-also at memories of 64, 256 and 512 steps, on which it was not trained and S5 is at chance or worse. An LSTM goes
-through time step by step in learning as well, so that the time of an update grows with the rollout's length however
-parallel the machine.
+What to expect, on two cores of a cloud machine's CPU on 2026-11-23: the defaults take 67 to 78 seconds from process
+start, 12 to 15 of them for compiling, at 12,600 to 15,900 steps per second, and answer 128 of 128 questions right for
+seeds 0, 3 and 4, about half for 1 and 2 (benchmarks/first_minute.py). Seed 0 is also right at memories of 64, 256 and
+512 steps, on which it was not trained and S5 is at chance or worse; trained on 256 and 512 the LSTM fails more often
+(benchmarks/memory_length.py). It goes through time step by step in learning as well, so that the time of an update
+grows with the rollout's length however parallel the machine.
 
 Where this departs from the paper, and why:
 - PPO on many environments, not A2C on one: it fills the machine, and is what people use.

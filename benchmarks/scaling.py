@@ -1,6 +1,6 @@
 """S5, LSTM and Transformer: time and memory against sequence length, of a layer, a PPO update and an acting step.
 
-    python benchmarks/scaling.py                      # on 2 CPU cores: about 15 minutes
+    python benchmarks/scaling.py                      # on 2 CPU cores: about 20 minutes
     python benchmarks/scaling.py --parts layer        # one part; the table keeps the others
     python benchmarks/scaling.py --parts              # draw the stored table again
 
@@ -135,7 +135,8 @@ def main():
     path, rows = Path(__file__).with_name(f"scaling_{device}"), []
     if path.with_suffix(".csv").exists():
         with path.with_suffix(".csv").open(newline="") as f:
-            rows = [r | {k: float(r[k]) if r[k] else None for k in ("length", "ms", "MiB")} for r in csv.DictReader(f)]
+            rows = [r | {k: float(r[k]) if r[k] else None for k in ("ms", "MiB")} for r in csv.DictReader(f)]
+        rows = [r | {"length": int(float(r["length"]))} for r in rows]
     parts = {"layer": layer, "update": update, "acting step": acting_step}
     for part in args.parts:
         rows = [row for row in rows if row["what"] != part]
@@ -146,9 +147,10 @@ def main():
                 table.writeheader()
                 table.writerows(rows)
 
-    fig, axes = plt.subplots(1, 5, figsize=(18, 3.6), layout="constrained")
-    panels = [("layer", "ms"), ("layer", "MiB"), ("update", "ms"), ("update", "MiB"), ("acting step", "ms")]
-    for ax, (what, unit) in zip(axes, panels, strict=True):
+    fig, axes = plt.subplots(2, 3, figsize=(11, 6.4), layout="constrained")
+    axes[1, 2].set_axis_off()
+    panels = [("layer", "ms"), ("update", "ms"), ("acting step", "ms"), ("layer", "MiB"), ("update", "MiB")]
+    for ax, (what, unit) in zip(axes.flat, panels, strict=False):
         for name in SCRIPTS:
             mine = [r for r in rows if (r["what"], r["model"]) == (what, name) and r[unit]]
             x, y = np.array([r["length"] for r in mine]), np.array([r[unit] for r in mine])
