@@ -82,7 +82,9 @@ class Task(NamedTuple):
     zero: float  # return of one episode that scores 0: the better of random actions and no action at all
     one: float  # return that scores 1: a specialist, this script on the task alone with --no-projection
     spread: float  # standard deviation of random actions' discounted returns: rewards are divided by it, to begin with
-    params: dict | None = None  # fields of EnvParams to override; of gymnax tasks only, as are the next two
+    params: dict | None = (
+        None  # EnvParams to override; a pair is drawn between for each trial. Gymnax only, as next two
+    )
     seen: tuple = ()  # entries of the observation the agent sees; all, if empty
     reward_scale: float = 1.0
 
@@ -93,10 +95,17 @@ class Task(NamedTuple):
 TASKS = {
     "cartpole-positions": Task("CartPole-v1", 200, 0.109, 0.999, 0.0461, seen=(0, 2), reward_scale=1 / 200),
     "cartpole": Task("CartPole-v1", 200, 21.8, 200.0, 9.22),
+    "cartpole-bodies": Task(
+        "CartPole-v1", 200, 21.8, 200.0, 9.22, params={"gravity": (6.5, 14.7), "force_mag": (6.7, 15.0)}
+    ),
     "cartpole-long": Task("CartPole-v1", 200, 32.9, 200.0, 12.1, params={"length": 1.0, "polemass_length": 0.1}),
     "pendulum": Task("Pendulum-v1", 200, -1147.0, -160.0, 170.0),
+    "pendulum-bodies": Task("Pendulum-v1", 200, -1147.0, -160.0, 170.0, params={"g": (6.7, 15.0), "m": (0.67, 1.5)}),
     "pendulum-heavy": Task("Pendulum-v1", 200, -1280.0, -179.0, 172.0, params={"m": 1.5, "l": 0.8}),
     "point-robot": Task("PointRobot-misc", 100, -88.3, -35.4, 25.4, params={"dense_reward": True}),
+    "point-robot-bodies": Task(
+        "PointRobot-misc", 100, -88.3, -35.4, 25.4, params={"dense_reward": True, "max_force": (0.067, 0.15)}
+    ),
     "point-robot-slow": Task(
         "PointRobot-misc", 100, -88.3, -34.1, 22.2, params={"dense_reward": True, "max_force": 0.05}
     ),
@@ -325,7 +334,7 @@ class Timestep(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """n start states for episodes and, independent of them, n pairs of matrices for trials; redrawn every rollout.
+    """n start states for episodes and, independent of them, n bodies and pairs of matrices for trials; redrawn often.
 
     Drawing where an episode ends would mean to reset all n copies at every step, which takes brax longer than the step.
     """
@@ -334,6 +343,7 @@ class Pool(NamedTuple):
     obs: jax.Array  # (n, o) the task's own observation
     obs_matrix: jax.Array  # (n, o, projected_obs_size)
     action_matrix: jax.Array  # (n, projected_action_size, a)
+    body: dict  # (n,) of each field of EnvParams that differs between trials
 
 
 class EnvState(NamedTuple):
@@ -342,6 +352,7 @@ class EnvState(NamedTuple):
     inner: tuple
     obs_matrix: jax.Array
     action_matrix: jax.Array
+    body: dict
     pool: Pool
     trial_step: jax.Array  # (n,) int32, steps since the trial began
     episode: jax.Array  # (n,) int32, episodes of the trial that have ended
@@ -377,7 +388,9 @@ class CopiesOf:
 
         if self.task.env_id in gymnax.registered_envs:
             self.env, params = gymnax.make(self.task.env_id)
-            self.params = params.replace(**(self.task.params or {}))
+            given = self.task.params or {}
+            self.ranges = {field: value for field, value in given.items() if isinstance(value, tuple)}
+            self.params = params.replace(**{field: given[field] for field in given.keys() - self.ranges.keys()})
             self.space = self.env.action_space(self.params)
             self.obs_size = len(self.task.seen) or self.env.observation_space(self.params).shape[0]
             self.action_size = int(np.prod(self.space.shape))  # 1 for Discrete: its sign picks
@@ -390,6 +403,7 @@ class CopiesOf:
                 from brax import envs
 
             self.env, self.params = envs.get_environment(self.task.env_id, backend=args.brax_backend), None
+            self.ranges = {}
             self.obs_size, self.action_size = self.env.observation_size, self.env.action_size
         for flag, size, needed in (
             ("--projected-obs-size", args.projected_obs_size, self.obs_size),
@@ -407,17 +421,19 @@ class CopiesOf:
         obs, state = self.env.reset_env(key, self.params)
         return state, self.visible(obs)
 
-    def physics(self, key, state, action):
+    def physics(self, key, state, action, body):
         """One step with action (a,) in [-1, 1]: state, observation (o,), reward and whether it terminated."""
         if self.params is None:
             state = self.env.step(state, action)
             return state, state.obs, state.reward, state.done > 0.5
-        if hasattr(self.space, "n"):
+        params = self.params.replace(**body)
+        space = self.env.action_space(params)
+        if hasattr(space, "n"):
             action = (action[0] > 0).astype(jnp.int32)
         else:
-            low, high = self.space.low, self.space.high
-            action = (low + (action.reshape(self.space.shape) + 1) / 2 * (high - low)).astype(jnp.float32)
-        obs, state, reward, terminated, _ = self.env.step_env(key, state, action, self.params)
+            low, high = space.low, space.high
+            action = (low + (action.reshape(space.shape) + 1) / 2 * (high - low)).astype(jnp.float32)
+        obs, state, reward, terminated, _ = self.env.step_env(key, state, action, params)
         return state, self.visible(obs), jnp.float32(reward) * self.task.reward_scale, terminated
 
     def visible(self, obs):
@@ -426,6 +442,7 @@ class CopiesOf:
     # ---- n copies
     def draw(self, key, n) -> Pool:
         start_key, obs_key, action_key = jax.random.split(key, 3)
+        body_keys = jax.random.split(jax.random.fold_in(key, 3), len(self.ranges))
         inner, obs = jax.vmap(self.start)(jax.random.split(start_key, n))
         O, A = self.args.projected_obs_size, self.args.projected_action_size
         if self.args.projection:
@@ -434,7 +451,11 @@ class CopiesOf:
         else:
             obs_matrix = jnp.tile(jnp.eye(self.obs_size, O), (n, 1, 1))
             action_matrix = jnp.tile(jnp.eye(A, self.action_size), (n, 1, 1))
-        return Pool(inner, obs, obs_matrix, action_matrix)
+        body = {
+            field: jax.random.uniform(k, (n,), minval=low, maxval=high)
+            for k, (field, (low, high)) in zip(body_keys, self.ranges.items(), strict=True)
+        }
+        return Pool(inner, obs, obs_matrix, action_matrix, body)
 
     def agent_obs(self, obs, obs_matrix, action, reward, new_episode, new_trial):
         """(n, O): projected observation, previous action, previous reward, new_episode, new_trial.
@@ -455,15 +476,15 @@ class CopiesOf:
         trial_step, episode = (begun, steps) if self.args.trial_length else (steps, begun)
         action = jnp.zeros((n, self.args.projected_action_size))
         obs = self.agent_obs(pool.obs, pool.obs_matrix, action, zero, true, true)
-        state = EnvState(pool.inner, pool.obs_matrix, pool.action_matrix, pool, trial_step, episode, steps, zero, zero)
+        state = EnvState(pool.inner, *pool[2:], pool, trial_step, episode, steps, zero, zero)
         return state, Timestep(obs, true, zero, ~true, ~true, obs, zero, zero, zero)
 
     def step(self, key, state: EnvState, action, spread, trials_end) -> tuple[EnvState, Timestep]:
         n = action.shape[0]
-        physics_key, start_key, matrix_key = jax.random.split(key, 3)
+        physics_key, start_key, trial_key = jax.random.split(key, 3)
         true_action = jnp.clip(jnp.einsum("nA,nAa->na", action, state.action_matrix), -1, 1)
         inner, obs, raw_reward, terminated = jax.vmap(self.physics)(
-            jax.random.split(physics_key, n), state.inner, true_action
+            jax.random.split(physics_key, n), state.inner, true_action, state.body
         )
         reward = raw_reward / spread
         episode_length, trial_step = state.episode_length + 1, state.trial_step + 1
@@ -477,11 +498,11 @@ class CopiesOf:
         def choose(where, new, old):
             return jax.tree.map(lambda x, y: jnp.where(where.reshape((n,) + (1,) * (x.ndim - 1)), x, y), new, old)
 
-        starts, matrices = (jax.random.randint(k, (n,), 0, n) for k in (start_key, matrix_key))
-        new_start = jax.tree.map(lambda x: x[starts], (state.pool.inner, state.pool.obs))
-        new_matrices = (state.pool.obs_matrix[matrices], state.pool.action_matrix[matrices])
+        starts, trials = (jax.random.randint(k, (n,), 0, n) for k in (start_key, trial_key))
+        new_start = jax.tree.map(lambda x: x[starts], state.pool[:2])
+        fresh = jax.tree.map(lambda x: x[trials], state.pool[2:])
         inner, obs = choose(done, new_start, (inner, obs))
-        obs_matrix, action_matrix = choose(new_trial, new_matrices, (state.obs_matrix, state.action_matrix))
+        obs_matrix, action_matrix, body = choose(new_trial, fresh, (state.obs_matrix, state.action_matrix, state.body))
         episode_return = state.episode_return + raw_reward
         discounted_return = self.args.gamma * state.discounted_return + raw_reward
         timestep = Timestep(
@@ -497,7 +518,7 @@ class CopiesOf:
         )
         of_trial = [jnp.where(new_trial, 0, x) for x in (trial_step, episode)]
         of_episode = [jnp.where(done, 0, x) for x in (episode_length, episode_return, discounted_return)]
-        return EnvState(inner, obs_matrix, action_matrix, state.pool, *of_trial, *of_episode), timestep
+        return EnvState(inner, obs_matrix, action_matrix, body, state.pool, *of_trial, *of_episode), timestep
 
 
 def join(parts):
