@@ -1290,7 +1290,11 @@ def main():
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     checkpoints = ocp.CheckpointManager((run_dir / "checkpoint").absolute(), options=options)
     update = checkpoints.latest_step() or 0
-    if update:
+    if args.eval_only:  # no more than it needs, so that runs of an older version can be evaluated
+        part = {"params": state.params, "return_var": state.return_var}
+        part = ocp.args.PyTreeRestore(part, ocp.checkpoint_utils.construct_restore_args(part), partial_restore=True)
+        state = state._replace(**checkpoints.restore(update, args=part))
+    elif update:
         state = checkpoints.restore(update, args=ocp.args.StandardRestore(state))
     size = sum(x.size for x in jax.tree.leaves(state.params)) // args.num_seeds
     console.print(

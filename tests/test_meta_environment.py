@@ -23,6 +23,7 @@ def more_tasks():
         patch.setitem(TASKS, "short-cartpole", TASKS["cartpole"]._replace(episode_length=15))
         patch.setitem(TASKS, "short-pendulum", TASKS["pendulum"]._replace(episode_length=7))
         patch.setitem(TASKS, "short-heavy", TASKS["pendulum-heavy"]._replace(episode_length=7))
+        patch.setitem(TASKS, "short-bodies", TASKS["point-robot-bodies"]._replace(episode_length=7))
         patch.setitem(TASKS, "twin", TASKS["pendulum"])
         yield
 
@@ -185,7 +186,7 @@ def test_between_two_draws_too_the_episodes_of_a_trial_start_differently(endless
 
 
 def test_a_redraw_renews_what_may_come_and_leaves_what_is():
-    args = Args(**SIZES, **STEPS, train_tasks=("short-pendulum",))
+    args = Args(**SIZES, **STEPS, train_tasks=("pendulum-bodies",))
     env = Environment(args.train_tasks, args)
 
     @jax.jit
@@ -195,7 +196,8 @@ def test_a_redraw_renews_what_may_come_and_leaves_what_is():
 
     ((old,), (new,)) = run(jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, old._replace(pool=None), new._replace(pool=None))
-    for x, y in zip(old.pool[1:], new.pool[1:], strict=True):
+    assert set(old.pool.body) == {"g", "m"}
+    for x, y in zip(jax.tree.leaves(old.pool[1:]), jax.tree.leaves(new.pool[1:]), strict=True):
         assert not np.isclose(x, y, atol=1e-6).all(tuple(range(1, x.ndim))).any()
     assert not np.isin(old.pool.inner.theta, new.pool.inner.theta).any()
 
@@ -340,6 +342,30 @@ GYMNAX = {  # the action that the task should get for an action in [-1, 1], and 
     "point-robot": (lambda a: 0.1 * a, [0, 1, 2, 3, 4, 5]),
     "mountain-car": (lambda a: a[:1], [0, 1]),
 }
+
+
+def test_a_trial_has_a_body_of_its_own_which_moves_as_the_raw_task_with_its_parameters():
+    raw, params = gymnax.make("PointRobot-misc")
+
+    def by_hand(state, action, body):
+        params_here = params.replace(dense_reward=True, **body)
+        obs, after, reward, *_ = raw.step_env(jax.random.key(0), state, body["max_force"] * action, params_here)
+        return obs, after.goals_reached, reward
+
+    def also(states, action):
+        return jax.vmap(by_hand)(states[0].inner, jnp.clip(action, -1, 1), states[0].body)
+
+    args = Args(**SIZES | {"projection": False}, **STEPS, train_tasks=("short-bodies",))
+    bodies = play(Environment(args.train_tasks, args), args, 60, (1.0,), also=also)
+    (obs, goals_reached, reward), (state,) = bodies.other, bodies.states
+    here = state.inner.goals_reached == goals_reached  # from its goal it is moved to a place that the key decides
+    assert here.mean() > 0.8
+    assert_close(bodies.now.final_obs[here][:, :O], squash(obs)[here])
+    assert_close(bodies.now.raw_reward, reward)
+    force, reset, (low, high) = state.body["max_force"], bodies.now.reset, TASKS["short-bodies"].params["max_force"]
+    assert low <= force.min() < 0.8 * low + 0.2 * high and 0.2 * low + 0.8 * high < force.max() < high
+    np.testing.assert_array_equal(force[1:] != force[:-1], reset[:-1])
+    assert reset.any(0).all() and len(np.unique(force[began(reset)])) == began(reset).sum()
 
 
 @pytest.mark.parametrize("name", GYMNAX)
