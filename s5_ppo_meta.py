@@ -82,29 +82,26 @@ class Task(NamedTuple):
     zero: float  # return of one episode that scores 0: the better of random actions and no action at all
     one: float  # return that scores 1: a specialist, this script on the task alone with --no-projection
     spread: float  # standard deviation of random actions' discounted returns: rewards are divided by it, to begin with
-    params: dict | None = (
-        None  # EnvParams to override; a pair is drawn between for each trial. Gymnax only, as next two
-    )
+    params: dict | None = None  # EnvParams to override; (low, high): drawn for each trial. Gymnax only, as next two
     seen: tuple = ()  # entries of the observation the agent sees; all, if empty
     reward_scale: float = 1.0
 
 
 # From benchmarks/reference_scores.csv, which says what made each number. In mountain-car the specialist is no better
-# than doing nothing, so `one` is what gym calls solved. Rows marked "guesses" are not measured yet: their scores are
-# provisional, their returns are not.
+# than doing nothing, so `one` is what gym calls solved.
 TASKS = {
     "cartpole-positions": Task("CartPole-v1", 200, 0.109, 0.999, 0.0461, seen=(0, 2), reward_scale=1 / 200),
     "cartpole": Task("CartPole-v1", 200, 21.8, 200.0, 9.22),
     "cartpole-bodies": Task(
-        "CartPole-v1", 200, 21.8, 200.0, 9.22, params={"gravity": (6.5, 14.7), "force_mag": (6.7, 15.0)}
+        "CartPole-v1", 200, 20.8, 200.0, 9.22, params={"gravity": (6.5, 14.7), "force_mag": (6.7, 15.0)}
     ),
     "cartpole-long": Task("CartPole-v1", 200, 32.9, 200.0, 12.1, params={"length": 1.0, "polemass_length": 0.1}),
     "pendulum": Task("Pendulum-v1", 200, -1147.0, -160.0, 170.0),
-    "pendulum-bodies": Task("Pendulum-v1", 200, -1147.0, -160.0, 170.0, params={"g": (6.7, 15.0), "m": (0.67, 1.5)}),
+    "pendulum-bodies": Task("Pendulum-v1", 200, -1192.0, -184.0, 172.0, params={"g": (6.7, 15.0), "m": (0.67, 1.5)}),
     "pendulum-heavy": Task("Pendulum-v1", 200, -1280.0, -179.0, 172.0, params={"m": 1.5, "l": 0.8}),
     "point-robot": Task("PointRobot-misc", 100, -88.3, -35.4, 25.4, params={"dense_reward": True}),
     "point-robot-bodies": Task(
-        "PointRobot-misc", 100, -88.3, -35.4, 25.4, params={"dense_reward": True, "max_force": (0.067, 0.15)}
+        "PointRobot-misc", 100, -88.3, -33.6, 25.9, params={"dense_reward": True, "max_force": (0.067, 0.15)}
     ),
     "point-robot-slow": Task(
         "PointRobot-misc", 100, -88.3, -34.1, 22.2, params={"dense_reward": True, "max_force": 0.05}
@@ -114,11 +111,11 @@ TASKS = {
     "inverted-pendulum": Task("inverted_pendulum", 200, 70.2, 200.0, 9.78),
     "inverted-double-pendulum": Task("inverted_double_pendulum", 200, 637.0, 1825.0, 82.3),
     "reacher": Task("reacher", 100, -23.2, -17.0, 15.6),
-    "hopper": Task("hopper", 200, 200.0, 400.0, 20.0),  # guesses
-    "walker2d": Task("walker2d", 200, 198.0, 400.0, 20.0),  # guesses
+    "hopper": Task("hopper", 200, 199.7, 399.1, 34.9),
+    "walker2d": Task("walker2d", 200, 198.4, 321.4, 29.6),
     "halfcheetah": Task("halfcheetah", 200, -0.58, 611.5, 16.5),
-    "ant": Task("ant", 200, 200.0, 800.0, 20.0),  # guesses
-    "pusher": Task("pusher", 100, -100.0, -40.0, 20.0),  # guesses
+    "ant": Task("ant", 200, 200.0, 356.4, 16.0),
+    "pusher": Task("pusher", 100, -52.7, -40.5, 27.3),
 }
 # What --suite stands for; flags of the same names override it. Trials count steps or episodes: the other is 0.
 SUITES = {
@@ -334,9 +331,10 @@ class Timestep(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """n start states for episodes and, independent of them, n bodies and pairs of matrices for trials; redrawn often.
+    """n start states for episodes and, independent of them, n bodies and pairs of matrices for trials.
 
-    Drawing where an episode ends would mean to reset all n copies at every step, which takes brax longer than the step.
+    Redrawn every rollout. To draw where an episode ends means to reset all n copies at every step, which takes brax
+    longer than the step.
     """
 
     inner: tuple  # state of the task at the start of an episode, n of them
@@ -379,7 +377,7 @@ class CopiesOf:
     that factor, no information is lost, and an entry has the same variance whatever the size of o, so that neither
     padding nor scale tells the task. The task gets clip(action @ action_matrix, -1, 1), the range of every task's
     actions here. The columns of that matrix are orthonormal: each of the task's actions is reached, by an action of the
-    agent that has the same norm.
+    agent that has the same norm. Fields of the task's parameters that have a range, its body, are drawn uniformly.
     """
 
     def __init__(self, name, args):
@@ -418,7 +416,7 @@ class CopiesOf:
         if self.params is None:
             state = self.env.reset(key)
             return state, state.obs
-        obs, state = self.env.reset_env(key, self.params)
+        obs, state = self.env.reset_env(key, self.params)  # a range changes how the task moves, not how it starts
         return state, self.visible(obs)
 
     def physics(self, key, state, action, body):
