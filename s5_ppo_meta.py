@@ -253,7 +253,8 @@ class Args:
     prediction_coef: float = 1.0
     """weight of predicting the change of observation and reward; 0 switches that off"""
     target_kl: float = 0.1
-    """gradient steps are skipped while the policy's KL divergence from that of the rollout is above this"""
+    """gradient steps are skipped while the policy's KL divergence from that of the rollout is above this, and the step
+    size shrinks for as long as more than a tenth of them are"""
     max_grad_norm: float = 0.5
     """global norm the gradient is clipped to"""
 
@@ -792,6 +793,7 @@ class TrainState(NamedTuple):
     num_updates: jax.Array  # int32, updates done
     return_mean: jax.Array  # (K,) mean and variance of each task's discounted raw returns in all rollouts so far
     return_var: jax.Array
+    lr_scale: jax.Array  # factor of the step size, at most 1: see `update`
 
 
 def gae(reward, value, done, last_value, gamma, gae_lambda):
@@ -871,8 +873,9 @@ def make_train(args, env):
         params = network.init(params_key, carry, first.obs[None], first.reset[None])
         opt_state, num_updates = optimizer.init(params), jnp.zeros((), jnp.int32)
         return_var = jnp.square(jnp.array([TASKS[name].spread for name in env.names]))  # until there is a rollout
+        zero, one = 0 * return_var, jnp.ones(())
         return TrainState(
-            params, opt_state, env_state, first.obs, first.reset, carry, key, num_updates, 0 * return_var, return_var
+            params, opt_state, env_state, first.obs, first.reset, carry, key, num_updates, zero, return_var, one
         )
 
     def act(state: TrainState, key):
@@ -935,6 +938,7 @@ def make_train(args, env):
             grads = unflatten(jax.lax.pmean(flat, "devices"))
             losses["losses/grad_norm"] = optax.global_norm(grads)
             updates, stepped = optimizer.update(grads, opt_state, params)
+            updates = jax.tree.map(lambda x: state.lr_scale * x, updates)
             # Of several tasks one may run away in a few steps: a policy far from its rollout waits for the next one.
             near = jax.lax.pmean(losses["losses/approx_kl"], "devices") < args.target_kl
             losses["losses/skipped"] = 1.0 - near
@@ -949,7 +953,13 @@ def make_train(args, env):
         order = order.reshape(args.update_epochs * args.num_minibatches, -1)  # (gradient steps, M)
         (params, opt_state), losses = jax.lax.scan(learn, (state.params, state.opt_state), order)
         losses["losses/explained_variance"] = 1 - (target - batch.value).var() / (target.var() + 1e-8)
-        state = state._replace(params=params, opt_state=opt_state, key=key, num_updates=state.num_updates + 1)
+        # Once a policy is sharp, one step of the usual size takes it too far, and as all others are skipped nothing
+        # takes it back: so steps get smaller until few are skipped, and then slowly larger again.
+        losses["losses/lr_scale"] = state.lr_scale
+        often = losses["losses/skipped"].mean() > 0.1
+        lr_scale = jnp.where(often, state.lr_scale / 1.5, jnp.minimum(1.05 * state.lr_scale, 1.0))
+        state = state._replace(params=params, opt_state=opt_state, lr_scale=lr_scale)
+        state = state._replace(key=key, num_updates=state.num_updates + 1)
         return state, (jax.tree.map(jnp.mean, losses), jax.tree.map(lambda x: x.sum(0), episodes))
 
     def train(state: TrainState) -> tuple[TrainState, dict]:
@@ -964,7 +974,7 @@ def make_train(args, env):
         return state, metrics
 
     split, copied = jax.P("devices"), jax.P()
-    specs = TrainState(copied, copied, split, split, split, split, copied, copied, copied, copied)
+    specs = TrainState(copied, copied, split, split, split, split, *5 * [copied])
     mesh = jax.make_mesh((args.num_devices,), ("devices",), devices=jax.devices()[: args.num_devices])
     init = jax.shard_map(init, mesh=mesh, in_specs=copied, out_specs=specs, check_vma=False)
     return init, jax.shard_map(train, mesh=mesh, in_specs=(specs,), out_specs=(specs, copied), check_vma=False)

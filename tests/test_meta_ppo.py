@@ -324,17 +324,27 @@ def test_loss_is_the_clipped_objective_and_the_squared_errors_of_value_and_predi
     assert float(metrics["losses/approx_kl"]) == pytest.approx((ratio - 1 - np.log(ratio)).mean(), rel=1e-4)
 
 
-@pytest.mark.parametrize(("target_kl", "steps"), [(1e-6, 1), (1e6, 4)])
-def test_a_policy_that_has_left_its_rollout_waits_for_the_next(target_kl, steps):
+@pytest.mark.parametrize(("target_kl", "steps", "scales"), [(1e-6, 1, (1, 1 / 1.5, 1 / 1.5**2)), (1e6, 4, (1, 1, 1))])
+def test_a_policy_that_has_left_its_rollout_waits_for_the_next_which_has_smaller_steps(target_kl, steps, scales):
     flags = {"train_tasks": ("short-pendulum",), "num_layers": 0, "learning_rate": 0.01, "target_kl": target_kl}
     args = Args(**TINY | flags)
     init, train = make_train(args, Environment(args.train_tasks, args))
     before = jax.jit(init)(jax.random.key(0))
-    after, metrics = jax.jit(train)(before)
+    train = jax.jit(train)
+    after, metrics = train(before)
+    last, later = train(after)
     assert float(metrics["losses/skipped"]) == pytest.approx(1 - steps / 4)
+    found = (metrics["losses/lr_scale"], later["losses/lr_scale"], last.lr_scale)
+    assert tuple(map(float, found)) == pytest.approx(scales)
     params = zip(*map(jax.tree.leaves, (before.params, after.params)), strict=True)
     moved = max(float(jnp.abs(x - y).max()) for x, y in params)
     assert 0.9 * args.learning_rate < moved < 1.1 * args.learning_rate * steps  # Adam's first step is that long
+    if steps == 1:
+        shorter, _ = train(before._replace(lr_scale=before.lr_scale / 4))
+        for old, new, less in zip(*map(jax.tree.leaves, (before.params, after.params, shorter.params)), strict=True):
+            np.testing.assert_allclose(less - old, (new - old) / 4, rtol=1e-3, atol=1e-7)
+    else:
+        assert float(train(before._replace(lr_scale=before.lr_scale / 4))[0].lr_scale) == pytest.approx(1.05 / 4)
     (count,) = {int(x) for x in jax.tree.leaves(after.opt_state) if x.dtype == jnp.int32}
     assert count == 4  # the schedule of the step size goes on
 
