@@ -252,9 +252,9 @@ class Args:
     """weight of the value loss"""
     prediction_coef: float = 1.0
     """weight of predicting the change of observation and reward; 0 switches that off"""
-    target_kl: float = 0.1
-    """gradient steps are skipped while the policy's KL divergence from that of the rollout is above this, and the step
-    size shrinks for as long as more than a tenth of them are"""
+    target_kl: float = 0.04
+    """the step size shrinks while the KL divergence of the policy from the rollout's, mean of an update, is above this;
+    a gradient step is skipped above 2.5 times it"""
     max_grad_norm: float = 0.5
     """global norm the gradient is clipped to"""
 
@@ -793,7 +793,7 @@ class TrainState(NamedTuple):
     num_updates: jax.Array  # int32, updates done
     return_mean: jax.Array  # (K,) mean and variance of each task's discounted raw returns in all rollouts so far
     return_var: jax.Array
-    lr_scale: jax.Array  # factor of the step size, at most 1: see `update`
+    lr_scale: jax.Array  # factor of the step size, at most 1
 
 
 def gae(reward, value, done, last_value, gamma, gae_lambda):
@@ -940,7 +940,7 @@ def make_train(args, env):
             updates, stepped = optimizer.update(grads, opt_state, params)
             updates = jax.tree.map(lambda x: state.lr_scale * x, updates)
             # Of several tasks one may run away in a few steps: a policy far from its rollout waits for the next one.
-            near = jax.lax.pmean(losses["losses/approx_kl"], "devices") < args.target_kl
+            near = jax.lax.pmean(losses["losses/approx_kl"], "devices") < 2.5 * args.target_kl
             losses["losses/skipped"] = 1.0 - near
             updated = optax.apply_updates(params, updates), stepped
 
@@ -953,11 +953,12 @@ def make_train(args, env):
         order = order.reshape(args.update_epochs * args.num_minibatches, -1)  # (gradient steps, M)
         (params, opt_state), losses = jax.lax.scan(learn, (state.params, state.opt_state), order)
         losses["losses/explained_variance"] = 1 - (target - batch.value).var() / (target.var() + 1e-8)
-        # Once a policy is sharp, one step of the usual size takes it too far, and as all others are skipped nothing
-        # takes it back: so steps get smaller until few are skipped, and then slowly larger again.
+        # Sharp policies move further with each step, and where most steps are skipped nothing takes them back: so steps
+        # get smaller until the policy stays near its rollout, and then slowly larger again.
         losses["losses/lr_scale"] = state.lr_scale
-        often = losses["losses/skipped"].mean() > 0.1
-        lr_scale = jnp.where(often, state.lr_scale / 1.5, jnp.minimum(1.05 * state.lr_scale, 1.0))
+        kl = jax.lax.pmean(losses["losses/approx_kl"].mean(), "devices")
+        shorter, longer = state.lr_scale / 1.5, jnp.minimum(1.05 * state.lr_scale, 1.0)
+        lr_scale = jnp.where(kl > args.target_kl, shorter, longer)
         state = state._replace(params=params, opt_state=opt_state, lr_scale=lr_scale)
         state = state._replace(key=key, num_updates=state.num_updates + 1)
         return state, (jax.tree.map(jnp.mean, losses), jax.tree.map(lambda x: x.sum(0), episodes))
