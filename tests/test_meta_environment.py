@@ -241,7 +241,7 @@ def test_a_projection_keeps_the_distances_of_squashed_observations(name, o, a):
 
 def test_every_action_of_the_task_is_reached_and_none_beyond_its_range():
     copies, n = CopiesOf("point-robot", Args(**SIZES | {"projected_action_size": 5}, **EPISODES)), 100
-    copies.physics = lambda key, state, action: (state, jnp.zeros(6), 10 * action[0] + action[1], False)
+    copies.physics = lambda key, state, action, body: (state, jnp.zeros(6), 10 * action[0] + action[1], False)
     wanted = np.random.default_rng(0).uniform(-1, 1, (n, 2)).astype(np.float32)
     wanted[:4] = [[1, 1], [1, -1], [-1, 1], [-1, -1]]
 
