@@ -811,7 +811,15 @@ def main():
     checkpoints = ocp.CheckpointManager((run_dir / "checkpoint").absolute(), options=options)
     update = checkpoints.latest_step() or 0
     if update:
-        state = checkpoints.restore(update, args=ocp.args.StandardRestore(state))
+        try:
+            state = checkpoints.restore(update, args=ocp.args.StandardRestore(state))
+        except (ValueError, KeyError):  # other names or shapes: orbax tells of it in many lines
+            print(
+                f"error: --resume {run_dir} has a checkpoint that does not fit this version of the script: go on with "
+                "the version in its config.json, git_commit",
+                file=sys.stderr,
+            )
+            raise SystemExit(2) from None
     size = sum(x.size for x in jax.tree.leaves(state.params)) // args.num_seeds
     console.print(
         f"{run_dir}: {size:,} parameters, {args.num_updates * args.batch_size:,} steps in {args.num_updates:,} updates "

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +151,16 @@ def test_resume_with_a_larger_total_goes_on_for_longer(tmp_path):
     assert json.loads((path / "config.json").read_text())["args"]["total_timesteps"] == 160
     code, _, err = finish(start(tmp_path, f"--resume {path} --total-timesteps 64"))
     assert_refused(code, err, "--total-timesteps")
+
+
+def test_a_checkpoint_that_does_not_fit_the_network_is_refused_and_kept(tmp_path, uninterrupted):
+    path = shutil.copytree(uninterrupted, tmp_path / "run")
+    config = json.loads((path / "config.json").read_text())
+    config["args"]["d_model"] *= 2
+    (path / "config.json").write_text(json.dumps(config))
+    code, _, err = finish(start(tmp_path, "--resume run"))
+    assert_refused(code, err, "--resume run has a checkpoint that does not fit")
+    assert results(path) == results(uninterrupted)
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_and_is_neither_saved_nor_logged(tmp_path):
