@@ -506,9 +506,9 @@ def make_train(args, env):
             minibatch = jax.tree.map(lambda x: x[:, env_ids], (batch, advantage, target))
             grads, losses = jax.grad(ppo_loss, has_aux=True)(params, network, carry, *minibatch, ent_coef, args)
             flat, unflatten = ravel_pytree(grads)  # one message between devices, not one an array
-            grads = unflatten(jax.lax.pmean(flat, "devices"))
-            losses["losses/grad_norm"] = optax.global_norm(grads)
-            updates, opt_state = optimizer.update(grads, opt_state, params)
+            flat = jax.lax.pmean(flat, "devices")
+            losses["losses/grad_norm"] = jnp.linalg.norm(flat)
+            updates, opt_state = optimizer.update(unflatten(flat), opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), losses
 
         order = jnp.concatenate([jax.random.permutation(k, num_envs) for k in epoch_keys])
@@ -732,7 +732,8 @@ def main():
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
 
     init, train = make_train(args, env)
-    state = jax.jit(over_seeds(init, args))(keys)
+    # One seed after another: batched QR, of the orthogonal weights, can hang in jaxlib 0.10 on a CPU of few cores.
+    state = jax.jit(partial(jax.lax.map, init))(keys)
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     checkpoints = ocp.CheckpointManager((run_dir / "checkpoint").absolute(), options=options)
     update = checkpoints.latest_step() or 0

@@ -935,9 +935,9 @@ def make_train(args, env):
             minibatch = jax.tree.map(lambda x: x[:, env_ids], (batch, advantage, target))
             grads, losses = jax.grad(ppo_loss, has_aux=True)(params, network, carry, *minibatch, ent_coef, args)
             flat, unflatten = ravel_pytree(grads)  # one message between devices, not one an array
-            grads = unflatten(jax.lax.pmean(flat, "devices"))
-            losses["losses/grad_norm"] = optax.global_norm(grads)
-            updates, stepped = optimizer.update(grads, opt_state, params)
+            flat = jax.lax.pmean(flat, "devices")
+            losses["losses/grad_norm"] = jnp.linalg.norm(flat)
+            updates, stepped = optimizer.update(unflatten(flat), opt_state, params)
             updates = jax.tree.map(lambda x: state.lr_scale * x, updates)
             # Of several tasks one may run away in a few steps: a policy far from its rollout waits for the next one.
             near = jax.lax.pmean(losses["losses/approx_kl"], "devices") < 2.5 * args.target_kl
@@ -1295,7 +1295,8 @@ def main():
     keys = jnp.stack([jax.random.key(args.seed + i) for i in range(args.num_seeds)])
 
     init, train = make_train(args, env)
-    state = jax.jit(over_seeds(init, args))(keys)
+    # One seed after another: batched QR, of the orthogonal weights, can hang in jaxlib 0.10 on a CPU of few cores.
+    state = jax.jit(partial(jax.lax.map, init))(keys)
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     checkpoints = ocp.CheckpointManager((run_dir / "checkpoint").absolute(), options=options)
     update = checkpoints.latest_step() or 0

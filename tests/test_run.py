@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -232,7 +233,7 @@ def test_seeds_side_by_side_give_what_they_give_alone():
 
     def first_call(args):
         init, train = make_train(args, Environment(args))
-        init, train = jax.jit(over_seeds(init, args)), jax.jit(over_seeds(train, args))
+        init, train = jax.jit(partial(jax.lax.map, init)), jax.jit(over_seeds(train, args))
 
         def run(seeds):
             state, metrics = train(init(jnp.stack([jax.random.key(seed) for seed in seeds])))
