@@ -135,6 +135,21 @@ SUITES = {
         "trial_length": 400,
         "trial_episodes": 0,
     },
+    "bodies": {  # as classic, but gravity, masses and forces are drawn for each trial where gymnax lets them
+        "train_tasks": ("pendulum-bodies", "point-robot-bodies", "cartpole-bodies", "inverted-pendulum", "reacher"),
+        "held_out_tasks": (
+            "gymnax-reacher",
+            "inverted-double-pendulum",
+            "pendulum-heavy",
+            "mountain-car",
+            "cartpole-long",
+            "point-robot-slow",
+        ),
+        "projected_obs_size": 12,
+        "projected_action_size": 2,
+        "trial_length": 400,
+        "trial_episodes": 0,
+    },
     "locomotion": {
         "train_tasks": ("ant", "halfcheetah", "hopper", "reacher", "inverted-double-pendulum"),
         "held_out_tasks": ("walker2d", "pusher"),
@@ -172,7 +187,7 @@ class Args:
     """let NVIDIA GPUs round matrix products to TF32; acting and learning then differ by about 1e-3"""
 
     # ---- tasks; None stands for the suite's own value
-    suite: Literal["cartpole", "classic", "locomotion"] = "cartpole"
+    suite: Literal["cartpole", "classic", "bodies", "locomotion"] = "cartpole"
     """tasks, sizes and trials: see SUITES"""
     train_tasks: tuple[str, ...] | None = None
     """tasks to train on, names of TASKS; each has an equal share of the environments"""

@@ -1,7 +1,7 @@
 """Learning in context with three seeds, beside a network without memory: the tables and figures of the README.
 
     python benchmarks/adaptation.py                             # suite cartpole, half an hour on one core
-    python benchmarks/adaptation.py --suite classic             # five hours on one core
+    python benchmarks/adaptation.py --suite classic             # four to five hours on one core; bodies takes the same
     python benchmarks/adaptation.py --suite classic --runs runs/A runs/B    # finished runs, in place of training
     python benchmarks/adaptation.py --suite classic --runs runs/A runs/B --held-out-tasks cartpole-long pendulum-heavy
 
@@ -33,14 +33,15 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from s5_ppo_meta import SUITES, TASKS  # noqa: E402
 
-FLAGS = {"cartpole": [], "classic": ["--suite", "classic", "--anneal-lr", "--total-timesteps", "96000000"]}
+LONG = ["--anneal-lr", "--total-timesteps", "96000000"]
+FLAGS = {"cartpole": [], "classic": ["--suite", "classic", *LONG], "bodies": ["--suite", "bodies", *LONG]}
 RUNS = [["--seed", "0"], ["--seed", "1"], ["--seed", "2"], ["--seed", "0", "--num-layers", "0"]]
 MEMORIES = ("memory kept", "wiped every episode", "wiped every step", "trained without")
 
 
 @dataclass
 class Args:
-    suite: Literal["cartpole", "classic"] = "cartpole"
+    suite: Literal["cartpole", "classic", "bodies"] = "cartpole"
     """suite of s5_ppo_meta.py"""
     runs: tuple[Path, ...] = ()
     """finished runs to read instead of training"""
@@ -79,11 +80,11 @@ def write(path, rows):
         table.writerows(rows)
 
 
-def load(run_dir):
+def load(run_dir, suite):
     """A row for adaptation_runs.csv, and rows for SUITE_adaptation.csv."""
     config, timing = (json.loads((run_dir / name).read_text()) for name in ("config.json", "eval.json"))
     args = config["args"]
-    which = {"suite": args["suite"], "seed": args["seed"], "num_layers": args["num_layers"]}
+    which = {"suite": suite, "seed": args["seed"], "num_layers": args["num_layers"]}
     (*_, last) = read(run_dir / "metrics.csv")
     run = which | {"steps": last["global_step"], "total_seconds": round(timing["total_seconds"])}
     run |= {"steps_per_second": round(timing["steps_per_second"]), "device": config["device"]}
@@ -162,7 +163,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         if args.held_out_tasks:
             run_dirs = [evaluate(path, args.held_out_tasks, folder) for path in run_dirs]
-        loaded = [load(path) for path in run_dirs]
+        loaded = [load(path, args.suite) for path in run_dirs]
     runs, rows = [run for run, _ in loaded], [row for _, rows in loaded for row in rows]
     held_out = args.held_out_tasks or SUITES[args.suite]["held_out_tasks"]
     if not args.held_out_tasks:
