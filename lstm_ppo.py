@@ -8,10 +8,10 @@
 # ///
 """LSTM and PPO on bsuite's memory length: what resettable S5 is up against (Lu et al. 2023, arXiv 2303.03982).
 
-The agent sees a cue, +1 or -1, at the start of an episode, then only a countdown, and after --memory-length steps must
-answer with the cue. All is as in s5_ppo_memory.py, the width, the wiring of the blocks, the heads and the
-PPO, but that an LSTM takes the place of S5: `diff s5_ppo_memory.py lstm_ppo.py` shows this text, the flags and checks
-of the sequence model, and the sequence model.
+The agent sees a cue, +1 or -1, in the first two observations of an episode, then only a countdown, and at step
+--memory-length, counted from 0, must answer with the cue. All is as in s5_ppo_memory.py, the width, the wiring of the
+blocks, the heads and the PPO, but that an LSTM takes the place of S5: `diff s5_ppo_memory.py lstm_ppo.py` shows this
+text, the flags and checks of the sequence model, and the sequence model.
 
     python lstm_ppo.py                             # length 128
     python benchmarks/memory_length.py --models LSTM --lengths 512    # other lengths need other flags
@@ -95,7 +95,8 @@ class Args:
     env_id: str = "MemoryChain-bsuite"
     """any gymnax environment with a flat Box observation and Discrete actions"""
     memory_length: int = 128
-    """MemoryChain-bsuite: steps between the cue and the question about it"""
+    """MemoryChain-bsuite: step, counted from 0, whose action must be the cue; above 200 use the flags that
+    benchmarks/memory_length.py prints, since rollouts have to be longer than an episode"""
     env_params: dict[str, float] = field(default_factory=dict)
     """fields of the environment's EnvParams to override: NAME VALUE NAME VALUE ..."""
     truncation_is_terminal: bool = False
@@ -161,8 +162,9 @@ class Args:
         may_be_zero = ("seed", "checkpoint_interval", "num_layers", "gamma", "gae_lambda", "ent_coef", "vf_coef")
         for f in dataclasses.fields(self):
             flag, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
-            if f.type in (int, float) and not (value > 0 or (value == 0 and f.name in may_be_zero)):  # or it is NaN
-                raise ValueError(f"{flag} {value}: use {'0 or more' if f.name in may_be_zero else 'more than 0'}")
+            zero_is_fine = f.name in may_be_zero
+            if f.type in (int, float) and not (0 < value < np.inf or (value == 0 and zero_is_fine)):  # or it is NaN
+                raise ValueError(f"{flag} {value}: use a number {'of 0 or more' if zero_is_fine else 'above 0'}")
             if f.name in ("gamma", "gae_lambda") and value > 1:
                 raise ValueError(f"{flag} {value} is too large: use 1 or less")
         if self.max_timescale < 2:
@@ -230,7 +232,16 @@ class Environment:
                 raise ValueError("--env-params memory_length has a flag of its own: use --memory-length")
             # The default limit of 1,000 steps would end longer memories before their question.
             overrides = {"memory_length": args.memory_length, "max_steps_in_episode": 2**30} | overrides
-        self.params = params.replace(**{k: type(getattr(params, k))(v) for k, v in overrides.items()})
+        for name, value in overrides.items():
+            default = getattr(params, name)
+            if not isinstance(default, int | float):
+                raise ValueError(
+                    f"--env-params {name} of {args.env_id} is an array, which no flag can set: leave it out"
+                )
+            if not np.isfinite(value) or type(default)(value) != value:
+                raise ValueError(f"--env-params {name} {value}: use a number of the kind of its default, {default}")
+            params = params.replace(**{name: type(default)(value)})
+        self.params = params
         self.has_time_limit = self.params.max_steps_in_episode < 2**30
 
         observation, action = self.env.observation_space(self.params), self.env.action_space(self.params)
@@ -659,7 +670,8 @@ def plot_learning_curve(run_dir, args, metric, baseline, baseline_label):
         ax.fill_between(steps, mean - half, mean + half, color="C0", alpha=0.2, linewidth=0, label="95 % interval")
     ax.plot(steps, mean, color="C0", marker=".", label=f"mean of {args.num_seeds} seed(s)")
     ax.axhline(baseline, color="grey", linestyle="--", linewidth=1, label=baseline_label)
-    ax.set(xlabel="environment steps", ylabel=metric, title=run_dir.name.rsplit("__", 2)[0])
+    label = metric.removeprefix("charts/").replace("_", " ")
+    ax.set(xlabel="environment steps", ylabel=label, title=run_dir.name.rsplit("__", 2)[0])
     ax.legend()
     fig.savefig(run_dir / "learning_curve.png", dpi=150)
 
@@ -695,8 +707,12 @@ def setup() -> tuple[Args, Environment]:
             config = args.resume / "config.json"
             if not config.is_file() or not (args.resume / "checkpoint").is_dir():
                 raise ValueError(f"--resume {args.resume} holds no config.json and checkpoint/: name a run in runs/")
-            stored = json.loads(config.read_text())
-            if stored["args"].keys() != dataclasses.asdict(args).keys():
+            try:
+                stored = json.loads(config.read_text())
+                flags_of_run = stored["args"].keys()
+            except (ValueError, KeyError):
+                raise ValueError(f"--resume {args.resume}/config.json is damaged: it cannot go on") from None
+            if flags_of_run != dataclasses.asdict(args).keys():
                 raise ValueError(f"--resume {args.resume} is of another script, or version (git_commit in config.json)")
             longer = {"total_timesteps": args.total_timesteps} if "--total-timesteps" in given else {}
             args = Args(**stored["args"] | {"resume": args.resume} | longer)
@@ -781,8 +797,8 @@ def main():
             device_seconds += call_seconds
             if not np.isfinite(metrics["losses/grad_norm"]).all():
                 raise SystemExit(
-                    f"error: the gradient was not finite after update {update}; the checkpoint of update "
-                    f"{checkpoints.latest_step() or 0} is kept: try --resume {run_dir}, or a smaller --learning-rate"
+                    f"error: the gradient was not finite after update {update} of {run_dir}; no later one is saved: "
+                    "start a new run with a smaller --learning-rate"
                 )
             update += args.log_interval
             steps_per_second = args.log_interval * args.batch_size * args.num_seeds / call_seconds
@@ -813,7 +829,9 @@ def main():
     # The memory task is also asked at lengths it was not trained on.
     lengths = [env.params.memory_length] if args.env_id == "MemoryChain-bsuite" else []
     lengths = [max(1, length * factor // 2) for length in lengths for factor in (1, 2, 4, 8)]
-    variants = {f"memory {n}": env.params.replace(memory_length=n) for n in lengths} or {"return": env.params}
+    trained = {args.memory_length: " (trained)"}
+    variants = {f"memory {n}{trained.get(n, '')}": env.params.replace(memory_length=n) for n in lengths}
+    variants = variants or {"return": env.params}
     table = Table("seed", *variants, title="greedy episodes: " + ("success rate" if lengths else "mean return"))
     results = []
     for env_params in variants.values():
@@ -835,7 +853,8 @@ def main():
         "steps_per_second": steps / loop_seconds,
         "host_share": 1 - device_seconds / loop_seconds if steps else 0.0,
     }
-    console.print("  ".join(f"{name} {value:,.3g}" for name, value in timing.items()))
+    shown = (f"{name} {value:,.0f}" if value > 9 else f"{name} {value:.3g}" for name, value in timing.items())
+    console.print("  ".join(shown))
     evaluation = {"chance_return": chance, "results": results} | timing
     (run_dir / "eval.json").write_text(json.dumps(evaluation, indent=2) + "\n")
 

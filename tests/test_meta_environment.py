@@ -1,6 +1,7 @@
 """Trials of several tasks: when they end, what the matrices do, what the agent is told, and that the tasks are real."""
 
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import gymnax
 import jax
@@ -424,6 +425,24 @@ def test_the_tables_name_known_tasks_and_hold_some_out():
         physics = [(TASKS[name].env_id, str(TASKS[name].params)) for name in names]
         assert len(set(physics)) == len(physics)  # nor is one task held out under another name
     assert SUITES["classic"]["held_out_tasks"] and SUITES["locomotion"]["held_out_tasks"]
+    assert get_args(get_type_hints(Args)["suite"]) == tuple(SUITES)
+
+
+def test_the_pendulum_held_out_is_outside_of_the_drawn_ones():
+    """All that moves Pendulum-v1 is g / l and 1 / (m l^2), and its reward knows neither."""
+    g, m = (TASKS["pendulum-bodies"].params[name] for name in ("g", "m"))
+    length = TASKS["pendulum-long"].params["l"]
+    assert 10 / length < g[0] and 1 / length**2 < 1 / m[1]  # g is 10 and m is 1 by default
+    heavy = TASKS["pendulum-heavy"].params  # inside, and so not held out there
+    assert g[0] < 10 / heavy["l"] < g[1] and 1 / m[1] < 1 / (heavy["m"] * heavy["l"] ** 2) < 1 / m[0]
+    assert "pendulum-long" in SUITES["bodies"]["held_out_tasks"]
+    assert "pendulum-heavy" not in SUITES["bodies"]["held_out_tasks"]
+
+
+def test_a_row_of_brax_with_fields_for_gymnax_is_refused(monkeypatch):
+    monkeypatch.setitem(TASKS, "light", TASKS["inverted-pendulum"]._replace(params={"mass": 1.0}))
+    with pytest.raises(ValueError, match="light is of brax"):
+        CopiesOf("light", Args(suite="classic"))
 
 
 def test_held_out_tasks_never_reach_training(monkeypatch):

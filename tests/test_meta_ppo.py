@@ -442,7 +442,7 @@ def test_adaptation_by_hand(monkeypatch):
     assert (second["x"], second["mean"], second["trials"]) == (1, 5, 2)
     assert second["interval"] == pytest.approx(1.96 * 4 / math.sqrt(2) / math.sqrt(2))  # of 3 and 7
     (half,) = mine(memory="kept", against="second half")
-    assert (half["mean"], half["trials"]) == (5, 2)
+    assert (half["mean"], half["raw_return"], half["trials"]) == (5, 12, 2)
     assert [row["mean"] for row in mine(memory="wiped every step", against="second half")] == [1]
     # What the memory is worth, trial by trial: 3 and 7, less 1 and 3 or less 1 and 1.
     worth = {row["memory"]: row["mean"] for row in mine(against="kept minus this")}

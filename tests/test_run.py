@@ -17,19 +17,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lstm_ppo
+import s5_ppo_memory
+import transformer_ppo
 from s5_ppo_memory import Args, Environment, make_train, over_seeds, setup
 
-SCRIPT = Path(__file__).resolve().parent.parent / "s5_ppo_memory.py"
-TINY = """--memory-length 3 --num-envs 4 --num-steps 8 --num-minibatches 2 --d-model 8 --state-size 4
-          --num-layers 1 --encoder-size 8 --head-size 8 --eval-episodes 8 --log-interval 2"""
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = """--memory-length 3 --num-envs 4 --num-steps 8 --num-minibatches 2 --d-model 8 --num-layers 1
+           --encoder-size 8 --head-size 8 --eval-episodes 8 --log-interval 2"""
+TINY = f"{SMALL} --state-size 4"
 CALLS = 60
-LONG = f"{TINY} --anneal-lr --checkpoint-interval 0 --total-timesteps {CALLS * 2 * 32}"
+LONG = f"{TINY} --anneal-lr --total-timesteps {CALLS * 2 * 32}"
 
 
-def start(cwd, flags):
+def start(cwd, flags, script="s5_ppo_memory.py"):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "80"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, SCRIPT, *flags.split()], cwd=cwd, env=environment, **pipes)
+    return subprocess.Popen([sys.executable, ROOT / script, *flags.split()], cwd=cwd, env=environment, **pipes)
 
 
 def finish(process):
@@ -62,9 +66,9 @@ def uninterrupted(tmp_path_factory):
     return run_dir(cwd)
 
 
-def interrupt(cwd, number):
+def interrupt(cwd, number, flags):
     """Sends a signal once a few calls are logged; returns exit code, stdout and the run directory."""
-    process = start(cwd, LONG)
+    process = start(cwd, flags)
     while process.poll() is None and not (list(cwd.glob("runs/*/metrics.csv")) and len(rows(run_dir(cwd))) >= 5):
         time.sleep(0.01)
     process.send_signal(number)
@@ -107,13 +111,15 @@ def test_where_no_episode_ended_the_cell_is_empty(tmp_path):
 
 # ---- stopping and going on
 def test_ctrl_c_saves_and_the_resumed_run_is_the_uninterrupted_one(tmp_path, uninterrupted):
-    code, out, path = interrupt(tmp_path, signal.SIGINT)
+    code, out, path = interrupt(tmp_path, signal.SIGINT, LONG)  # no checkpoint is due before it
     assert code == 130
     assert f"--resume runs/{path.name}" in out
-    assert list((path / "checkpoint").iterdir()) and (path / "learning_curve.png").exists()
+    last = int(rows(path)[-1]["update"])
+    assert [x.name for x in (path / "checkpoint").iterdir()] == [str(last)] and (path / "learning_curve.png").exists()
     assert not (path / "eval.json").exists()
-    code, _, err = finish(start(tmp_path, f"--resume runs/{path.name}"))
+    code, out, err = finish(start(tmp_path, f"--resume runs/{path.name}"))
     assert code == 0, err
+    assert f"update {last + 2} of" in out and f"update {last} of" not in out  # it did not begin anew
     assert results(run_dir(tmp_path)) == results(uninterrupted)
 
 
@@ -133,11 +139,30 @@ def test_ctrl_c_while_it_compiles_ends_the_run_before_its_first_update(tmp_path)
 
 
 def test_after_a_kill_the_resumed_run_is_the_uninterrupted_one(tmp_path, uninterrupted):
-    code, _, path = interrupt(tmp_path, signal.SIGKILL)
+    code, _, path = interrupt(tmp_path, signal.SIGKILL, f"{LONG} --checkpoint-interval 0")
     assert code == -signal.SIGKILL
-    code, _, err = finish(start(tmp_path, f"--resume {path}"))
+    code, out, err = finish(start(tmp_path, f"--resume {path}"))
     assert code == 0, err
+    assert "update 2 of" not in out  # it did not begin anew
     assert results(run_dir(tmp_path)) == results(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("script", "own"),
+    [
+        ("lstm_ppo.py", "--hidden-size 4"),
+        ("transformer_ppo.py", "--context-length 5 --num-heads 1 --key-size 4 --mlp-size 4"),
+    ],
+)
+def test_the_other_models_go_on_as_if_never_stopped(tmp_path, script, own):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for cwd, total in ((whole, 256), (parts, 128)):
+        cwd.mkdir()
+        code, out, err = finish(start(cwd, f"{SMALL} {own} --total-timesteps {total}", script))
+        assert code == 0 and "parameters" in out and "MiB" in out, err
+    code, out, err = finish(start(parts, f"--resume {run_dir(parts)} --total-timesteps 256", script))
+    assert code == 0 and "update 6 of 8" in out and "update 4 of 8" not in out, err
+    assert results(run_dir(parts)) == results(run_dir(whole))
 
 
 def test_resume_with_a_larger_total_goes_on_for_longer(tmp_path):
@@ -166,7 +191,7 @@ def test_a_checkpoint_that_does_not_fit_the_network_is_refused_and_kept(tmp_path
 
 def test_a_gradient_that_is_not_finite_ends_the_run_and_is_neither_saved_nor_logged(tmp_path):
     code, _, err = finish(start(tmp_path, f"{TINY} --learning-rate 1e30 --total-timesteps 6400"))
-    assert code == 1 and "error: the gradient was not finite after update 0" in err and "--resume" in err, err
+    assert code == 1 and "error: the gradient was not finite after update 0" in err and "--learning-rate" in err, err
     assert {path.name for path in run_dir(tmp_path).iterdir()} == {"config.json", "checkpoint", "tensorboard"}
     assert not list(run_dir(tmp_path).glob("checkpoint/*"))
 
@@ -175,10 +200,13 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_is_neither_saved_nor_log
 BAD = {
     "unknown flag": ("--num-envz 3", "--num-envz"),
     "not a number": ("--num-envs many", "--num-envs"),
-    "unknown environment": ("--env-id CartPole-v7", "--env-id"),
+    "unknown environment": ("--env-id CartPole-v7", "--env-id", "CartPole-v1"),
     "continuous actions": ("--env-id Pendulum-v1", "--env-id"),
     "observation not flat": ("--env-id Breakout-MinAtar", "--env-id"),
-    "unknown field": ("--env-id CartPole-v1 --env-params gravitas 1", "--env-params"),
+    "unknown field": ("--env-id CartPole-v1 --env-params gravitas 1", "--env-params", "gravity", "force_mag"),
+    "field that is an array": ("--env-id Acrobot-v1 --env-params available_torque 5", "--env-params", "array"),
+    "endless field": ("--env-id CartPole-v1 --env-params max_steps_in_episode inf", "--env-params", "500"),
+    "field with a fraction": ("--env-id CartPole-v1 --env-params max_steps_in_episode 2.5", "--env-params", "500"),
     "minibatches of broken environments": ("--num-envs 10 --num-minibatches 4", "--num-minibatches"),
     "more minibatches than environments": ("--num-envs 2 --num-minibatches 4", "--num-minibatches"),
     "no such run": ("--resume runs/nowhere", "--resume"),
@@ -193,20 +221,35 @@ BAD = {
     "negative step size": ("--learning-rate -1", "--learning-rate"),
     "no dt": ("--dt-min 0", "--dt-min"),
     "no number": ("--learning-rate nan", "--learning-rate"),
+    "endless": ("--learning-rate inf", "--learning-rate"),
 }
 
 
-def assert_refused(code, err, flag):
+def assert_refused(code, err, *named):
     assert code == 2
-    assert len(err.strip().splitlines()) == 1 and flag in err, err
+    assert len(err.strip().splitlines()) == 1 and all(name in err for name in named), err
 
 
-@pytest.mark.parametrize(("flags", "flag"), BAD.values(), ids=BAD)
-def test_bad_input_is_refused_in_one_line_that_names_the_flag(monkeypatch, capsys, flags, flag):
-    monkeypatch.setattr(sys, "argv", ["s5_ppo_memory.py", *flags.split()])
+@pytest.mark.parametrize("module", [s5_ppo_memory, lstm_ppo, transformer_ppo], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_in_one_line_that_names_the_flag(monkeypatch, capsys, module, case):
+    flags, *named = BAD[case]
+    if "--dt-" in flags and module is not s5_ppo_memory:
+        named = ["--dt-"]  # which is no flag there
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *flags.split()])
+    with pytest.raises(SystemExit) as refusal:
+        module.setup()
+    assert_refused(refusal.value.code, capsys.readouterr().err, *named)
+
+
+@pytest.mark.parametrize("text", ["{", "{}"])
+def test_a_damaged_run_is_refused(monkeypatch, capsys, tmp_path, text):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "config.json").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["s5_ppo_memory.py", "--resume", str(tmp_path)])
     with pytest.raises(SystemExit) as refusal:
         setup()
-    assert_refused(refusal.value.code, capsys.readouterr().err, flag)
+    assert_refused(refusal.value.code, capsys.readouterr().err, "--resume", "damaged")
 
 
 def test_a_run_of_another_script_is_refused(monkeypatch, capsys, tmp_path):
@@ -220,9 +263,9 @@ def test_a_run_of_another_script_is_refused(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("name", ["minibatches of broken environments", "continuous actions"])
 def test_a_refused_run_leaves_nothing(tmp_path, name):
-    flags, flag = BAD[name]
+    flags, *named = BAD[name]
     code, out, err = finish(start(tmp_path, flags))
-    assert_refused(code, err, flag)
+    assert_refused(code, err, *named)
     assert not out and not list(tmp_path.iterdir())
 
 
