@@ -43,6 +43,7 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -761,8 +762,9 @@ def main():
                 f"error: --resume {run_dir} has a checkpoint that does not fit this version of the script: go on with "
                 "the version in its config.json, git_commit",
                 file=sys.stderr,
+                flush=True,
             )
-            raise SystemExit(2) from None
+            os._exit(2)  # at once, or what orbax left unfinished may print its own errors
     size = sum(x.size for x in jax.tree.leaves(state.params)) // args.num_seeds
     console.print(
         f"{run_dir}: {size:,} parameters, {args.num_updates * args.batch_size:,} steps in {args.num_updates:,} updates "
