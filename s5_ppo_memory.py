@@ -837,16 +837,18 @@ def main():
     checkpoints = ocp.CheckpointManager((run_dir / "checkpoint").absolute(), options=options)
     update = checkpoints.latest_step() or 0
     if update:
-        try:
-            state = checkpoints.restore(update, args=ocp.args.StandardRestore(state))
-        except (ValueError, KeyError):  # other names or shapes: orbax tells of it in many lines
-            print(
-                f"error: --resume {run_dir} has a checkpoint that does not fit this version of the script: go on with "
-                "the version in its config.json, git_commit",
-                file=sys.stderr,
-                flush=True,
-            )
-            os._exit(2)  # at once, or what orbax left unfinished may print its own errors
+        # Where names or shapes differ, orbax tells of it in many lines, some from threads that it leaves behind.
+        with contextlib.redirect_stderr(io.StringIO()):
+            try:
+                state = checkpoints.restore(update, args=ocp.args.StandardRestore(state))
+            except (ValueError, KeyError):
+                print(
+                    f"error: --resume {run_dir} has a checkpoint that does not fit this version of the script: go on "
+                    "with the version in its config.json, git_commit",
+                    file=sys.__stderr__,
+                    flush=True,
+                )
+                os._exit(2)
     size = sum(x.size for x in jax.tree.leaves(state.params)) // args.num_seeds
     console.print(
         f"{run_dir}: {size:,} parameters, {args.num_updates * args.batch_size:,} steps in {args.num_updates:,} updates "
