@@ -27,8 +27,9 @@ command for the classic suite above, with seeds 0 to 2, gave a mean score of 0.8
 and of 0.14, 0.12 and 0.19 on the held-out ones, in 77 to 90 minutes on one core; without memory 0.12 and -0.09
 (benchmarks/adaptation.py; all this from before --target-kl made steps shorter). Locomotion: 9,800 steps per second, run
 for 5 million only. Of the paper's size, not run here: --suite classic --total-timesteps 2000000000 --num-envs 1120
---num-steps 1000 --trial-length 1000 --num-layers 10 --d-model 256 --encoder-size 512 --gamma 0.995 --learning-rate 3e-4
-benchmarks/foresight.py shows what the memory knows of a body, benchmarks/META_LOG.md tells what was tried.
+--num-steps 1000 --trial-length 1000 --num-layers 10 --d-model 256 --encoder-size 512 --gamma 0.995
+--learning-rate 3e-4. benchmarks/foresight.py shows what the memory knows of a body, benchmarks/META_LOG.md tells what
+was tried.
 
 Where this departs from the paper, and why:
 - PPO, not experiment 4's Muesli, and a head that predicts the change of the observation and the reward: PPO alone gives
@@ -1125,7 +1126,7 @@ def report(run_dir, rows, env, args, console):
                 ax.fill_between(x[many], (mean - width)[many], (mean + width)[many], color=f"C{i}", alpha=0.2, lw=0)
             both = zip(pick(name, MEMORIES[0], against), pick(name, MEMORIES[2], against), strict=False)
             between = [(a["x"], a["mean"], b["mean"]) for a, b in both if a["trials"] >= 0.5 * args.eval_trials]
-            ax.fill_between(*zip(*between, strict=True), color="grey", alpha=0.1, lw=0, label="learned in context")
+            ax.fill_between(*zip(*between, strict=True), color="grey", alpha=0.1, lw=0, label="kept - wiped every step")
             trained = args.trial_episodes if against == "episode" else args.trial_length
             if trained:
                 ax.axvline(trained, color="grey", linestyle=":", linewidth=1)  # trials of training end here
@@ -1137,6 +1138,7 @@ def report(run_dir, rows, env, args, console):
     table = Table(
         "task", "raw return", "memory kept", *(f"kept - {m}".replace(" every", "\nevery") for m in MEMORIES[1:])
     )
+    table.columns[0].overflow = "fold"  # names stay whole in a narrow terminal
     table.title = "score over the second half of a trial: 0 random or idle, 1 specialist; 95 % interval over trials"
     for name in env.names:
         cells = [pick(name, "kept", "second half")]

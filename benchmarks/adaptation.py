@@ -95,7 +95,8 @@ def load(run_dir, suite):
             if row["memory"] != "kept":
                 continue  # there is nothing to wipe
             row["memory"] = "trained without"
-        numbers = {name: f"{float(row[name]):.4g}" if row[name] else "" for name in ("x", "mean", "interval")}
+        numbers = ("x", "mean", "interval", "raw_return")
+        numbers = {name: f"{float(row[name]):.4g}" if row[name] else "" for name in numbers}
         rows.append({"seed": args["seed"]} | row | numbers | {"memory": row["memory"].replace("kept", "memory kept")})
     return run, rows
 

@@ -67,6 +67,29 @@ def test_definitions_of_one_name_are_the_same_text(one, other):
     assert differ <= intended.keys(), f"{one.name} and {other.name} have drifted apart"
 
 
+@pytest.mark.parametrize("other", ["lstm_ppo", "transformer_ppo"])
+def test_flags_differ_in_the_sequence_model_only(other):
+    def flags(name):
+        source = definitions(ROOT / f"{name}.py")["Args"].split("    @property")[0]
+        before, rest = source.split("    # ---- sequence model")
+        return before, rest.split("    # ---- actor and critic")[1]
+
+    assert flags(other) == flags("s5_ppo_memory")
+
+
+def test_no_definition_is_listed_as_different_that_is_not():
+    for listed, others in ((MODEL, ("lstm_ppo", "transformer_ppo")), (TASK, ("s5_ppo_meta",))):
+        ours = definitions(ROOT / "s5_ppo_memory.py")
+        theirs = [definitions(ROOT / f"{name}.py") for name in others]
+        same = {name for name in listed if all(ours[name] == x[name] for x in theirs)}
+        assert same <= (MODEL.keys() if listed is TASK else set())  # TASK holds all of MODEL
+
+
+def test_the_figures_of_the_readme_are_there():
+    figures = re.findall(r"\]\((benchmarks/[^)]+)\)", (ROOT / "README.md").read_text())
+    assert len(figures) > 5 and all((ROOT / path).is_file() for path in figures)
+
+
 @pytest.mark.parametrize("name", TREES)
 def test_every_flag_has_help_and_is_read(name):
     (args,) = (n for n in TREES[name].body if isinstance(n, ast.ClassDef) and n.name == "Args")
