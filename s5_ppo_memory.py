@@ -18,9 +18,10 @@ episodes begin and end inside them.
     python s5_ppo_memory.py --env-id CartPole-v1   # any gymnax environment with a flat Box and Discrete actions
     python s5_ppo_memory.py --resume runs/RUN      # goes on after Ctrl-C or a kill
 
-What to expect, on two cores of a cloud machine's CPU on 2026-11-23: length 128 with the defaults takes 42 to 45 seconds
-from process start (54 and 63 in a slower hour), 8 to 9 of them for compiling, at 26,000 to 31,000 steps per second, and
-answers 128 of 128 questions right for each of seeds 0 to 4 (benchmarks/first_minute.py). Longer memories need rollouts
+What to expect, on two cores of a cloud machine's CPU: length 128 with the defaults takes 27 to 30 seconds from process
+start, 6 to 7 of them for compiling, at 41,000 to 47,000 steps per second (2026-11-24), or 42 to 45 seconds where the
+cores are slower (2026-11-23; 54 and 63 in a bad hour), and answers 128 of 128 questions right for each of seeds 0 to 4
+(benchmarks/first_minute.py). Longer memories need rollouts
 of two episodes, slower states and less credit for the actions that do not count: benchmarks/LOG.md tells how that was
 found.
 
