@@ -6,9 +6,9 @@
     python benchmarks/memory_length.py --lengths                    # draw the stored table again
     python benchmarks/memory_length.py --search --models LSTM       # what SETTINGS was chosen from
 
-Each length and model is one run of its script with the flags that `flags` makes of it. Step size and entropy bonus are
-searched for each model alike: GRID at memory length SEARCH_LENGTH, two seeds, memory_search.csv; the best in SETTINGS.
-All three solve it with 3e-4 and 0.1, as with most others.
+Each length and model is one run of its script with the flags that `flags` makes of it. Step size, entropy bonus and
+GAE's lambda are searched for each model alike: GRID at memory length SEARCH_LENGTH, two seeds, memory_search.csv; the
+best in SETTINGS.
 Writes memory_length.csv, a row a model, length and seed, and memory_length.png beside this file.
 """
 
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field, replace
+from datetime import date
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -40,9 +41,11 @@ PAPER = {
 
 
 SCRIPTS = {"S5": "s5_ppo_memory.py", "LSTM": "lstm_ppo.py", "Transformer": "transformer_ppo.py"}
-SEARCH_LENGTH, SEARCH_SEEDS = 64, 2
-GRID = [{"learning-rate": rate, "ent-coef": bonus} for rate, bonus in product((3e-4, 1e-3), (0.01, 0.1))]
-SETTINGS = {model: {"learning-rate": 3e-4, "ent-coef": 0.1} for model in SCRIPTS}
+SEARCH_LENGTH, SEARCH_SEEDS = 256, 2
+# A lambda of 0: one action counts, and credit spread over the ones before it is noise.
+NAMES = ("gae-lambda", "learning-rate", "ent-coef")
+GRID = [dict(zip(NAMES, values, strict=True)) for values in product((0.0, 0.95), (3e-4, 1e-3), (0.01, 0.1))]
+SETTINGS = {model: {"gae-lambda": 0.0, "learning-rate": 3e-4, "ent-coef": 0.1} for model in SCRIPTS}
 
 
 @dataclass
@@ -74,7 +77,6 @@ def flags(model, length, args, settings):
         "num-envs": 16,
         "num-steps": num_steps,
         "update-epochs": 8,
-        "gae-lambda": 0.0,  # one action counts: credit spread over the ones before it is noise
         **settings,
     }
 
@@ -88,7 +90,7 @@ def train(model, length, args, settings):
         subprocess.run(command, cwd=folder, check=True)
         (run_dir,) = Path(folder, "runs").iterdir()
         evaluation = json.loads((run_dir / "eval.json").read_text())
-        device = json.loads((run_dir / "config.json").read_text())["device"]
+        config = json.loads((run_dir / "config.json").read_text())
         metrics = read(run_dir / "metrics.csv")
     rows = []
     for result in evaluation["results"]:
@@ -105,7 +107,9 @@ def train(model, length, args, settings):
                 "episodes": int(mine[-1]["global_step"]) // (length + 1),
                 "episodes_to_return_0.5": solved[0] // (length + 1) if solved else None,
                 "seconds_all_seeds": round(evaluation["total_seconds"]),
-                "device": device,
+                "device": config["device"],
+                "date": date.today().isoformat(),
+                "commit": config["git_commit"][:7],
             }
         )
     return rows
