@@ -1039,8 +1039,14 @@ def evaluate(params, spread, key, memory, args, env):
         env_state, timestep = env.step(env_key, env_state, action[0], spread)
         return (env_state, timestep, carry), (timestep.raw_reward, timestep.done, frame)
 
+    def rollout(state, key):
+        redraw_key, key = jax.random.split(key)
+        state = env.redraw(redraw_key, state[0]), *state[1:]  # new start states as often as in training
+        return jax.lax.scan(step, state, jax.random.split(key, args.num_steps))
+
     start = (*env.reset(reset_key, num_envs), network.initial_carry(num_envs))
-    return jax.lax.scan(step, start, jax.random.split(key, num_steps))[1]
+    rollouts = jax.random.split(key, -(-num_steps // args.num_steps))  # the last one is cut off
+    return jax.tree.map(lambda x: jnp.concatenate(x)[:num_steps], jax.lax.scan(rollout, start, rollouts)[1])
 
 
 def episodes_of(rewards, dones, args):

@@ -379,7 +379,7 @@ def test_an_evaluation_shows_a_wiped_memory_the_start_of_a_trial_and_no_trial_en
     for memory, expected in enumerate([begun, ended, np.True_]):
         rewards, dones, _ = jax.tree.map(np.array, play({}, jnp.ones(1), jax.random.key(0), memory))
         jax.effects_barrier()
-        obs, resets = (np.stack(x) for x in zip(*seen, strict=True))
+        obs, resets = (np.stack(x)[:steps] for x in zip(*seen, strict=True))  # the last rollout is cut off
         seen.clear()
         assert rewards.shape == resets.shape == (steps, 3)
         np.testing.assert_array_equal(dones, ends)
@@ -388,6 +388,18 @@ def test_an_evaluation_shows_a_wiped_memory_the_start_of_a_trial_and_no_trial_en
         np.testing.assert_array_equal(obs[..., -2], ended | resets)
         previous = obs[..., O:-2]  # action and reward
         assert not previous[resets].any() and (previous[~resets] != 0).all()
+
+
+def test_episodes_of_an_evaluation_start_anew_though_there_is_one_start_at_a_time():
+    args = Args(**EVAL | {"eval_trials": 1, "eval_trial_length": 40, "num_steps": LIMITS[1]})
+    env = Environment(("short-pendulum",), args, trials_end=False)
+    network = ActorCritic(args)
+    inputs = jnp.zeros((1, 1, O + A + 3)), jnp.ones((1, 1), bool)
+    params = jax.jit(network.init)(jax.random.key(0), network.initial_carry(1), *inputs)
+    rewards, dones, _ = jax.jit(partial(evaluate, args=args, env=env))(params, jnp.ones(1), jax.random.key(0), 0)
+    assert dones.sum() == 9
+    first = np.sort(np.asarray(rewards)[:: LIMITS[1], 0])  # angle and velocity squared, the action at most 0.004
+    assert (np.diff(first) > 0.004).sum() >= 6  # of 8
 
 
 def test_kinds_of_memory_differ_and_see_the_same_trials():
