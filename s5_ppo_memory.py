@@ -31,8 +31,8 @@ Where this departs from the paper, and why:
   same states as the paper's three-element operator (tests/test_s5.py compares them) for less work.
 - The input is scaled to unit variance, sqrt(1 - |a_bar|^2), as in the Linear Recurrent Unit (Orvieto et al. 2023), not
   by zero-order hold, which scales it by about Δ, least for the slowest states; --zoh brings that back. At length 128
-  both answer every question right, with five seeds and three (benchmarks/first_minute.csv); longer memories have not
-  been compared yet.
+  both answer every question right, with five seeds and three (benchmarks/first_minute.csv); at 512, with the flags of
+  benchmarks/memory_length.py, four seeds of five do, and one of five with --zoh (benchmarks/LOG.md, item 15).
 - The agent also sees its previous action and reward, both zero at the start of each episode, and a reset flag.
 - The critic's last layer starts near zero: see ActorCritic.
 """
