@@ -42,6 +42,8 @@ PAPER = {
 
 SCRIPTS = {"S5": "s5_ppo_memory.py", "LSTM": "lstm_ppo.py", "Transformer": "transformer_ppo.py"}
 SEARCH_LENGTH, SEARCH_SEEDS = 256, 2
+# Of each seed, about; the paper has 10,000 at every length.
+EPISODES = {256: 2500, 512: 2500, 1024: 2000, 2048: 4000, 4096: 4500}  # 5,000 up to 128
 # A lambda of 0: one action counts, and credit spread over the ones before it is noise.
 NAMES = ("gae-lambda", "learning-rate", "ent-coef")
 GRID = [dict(zip(NAMES, values, strict=True)) for values in product((0.0, 0.95), (3e-4, 1e-3), (0.01, 0.1))]
@@ -56,15 +58,15 @@ class Args:
     """memory lengths to run"""
     num_seeds: int = 5
     """seeds 0, 1, ... of each length"""
-    episodes: int = 5_000
-    """training episodes of each seed; the paper has 10,000"""
+    episodes: int | None = None
+    """training episodes of each seed; None stands for EPISODES"""
     search: bool = False
     """try GRID at SEARCH_LENGTH instead, and write memory_search.csv"""
 
 
 def flags(model, length, args, settings):
     """The rollout spans two episodes, so that every gradient reaches from the question back to its cue."""
-    num_steps = max(128, 2 * length)
+    num_steps, episodes = max(128, 2 * length), args.episodes or EPISODES.get(length, 5000)
     own = {
         "S5": {"dt-min": min(1e-3, 0.4 / length)},
         "LSTM": {"max-timescale": max(2000, 5 * length)},
@@ -73,7 +75,7 @@ def flags(model, length, args, settings):
     return own[model] | {
         "memory-length": length,
         "num-seeds": args.num_seeds,
-        "total-timesteps": max(args.episodes * (length + 1), 16 * num_steps),
+        "total-timesteps": max(episodes * (length + 1), 16 * num_steps),
         "num-envs": 16,
         "num-steps": num_steps,
         "update-epochs": 8,
