@@ -47,6 +47,7 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -833,6 +834,7 @@ def main():
     update = checkpoints.latest_step() or 0
     if update:
         # Where names or shapes differ, orbax tells of it in many lines, some from threads that it leaves behind.
+        logging.disable()
         with contextlib.redirect_stderr(io.StringIO()):
             try:
                 state = checkpoints.restore(update, args=ocp.args.StandardRestore(state))
@@ -844,6 +846,7 @@ def main():
                     flush=True,
                 )
                 os._exit(2)
+        logging.disable(logging.NOTSET)
     size = sum(x.size for x in jax.tree.leaves(state.params)) // args.num_seeds
     console.print(
         f"{run_dir}: {size:,} parameters, {args.num_updates * args.batch_size:,} steps in {args.num_updates:,} updates "

@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py                      # on 2 CPU cores: about 20 minutes
     python benchmarks/scaling.py --parts layer        # one part; the table keeps the others
-    python benchmarks/scaling.py --parts              # draw the stored table again
+    python benchmarks/scaling.py --parts              # draw the stored tables of all devices again
 
 All with the scripts' own code. The layer: forward and backward over 8 sequences of width 64, the Transformer's window
 as long as the sequence. The update: one rollout of 8 environments on a memory of half its length and one epoch of 2
@@ -131,25 +131,17 @@ def measure(what, length, args):
     return rows
 
 
-def main():
-    args = tyro.cli(Args, description=__doc__)
-    device = jax.devices()[0].device_kind.replace(" ", "-")
-    lengths = [2**n for n in range(4, 20) if args.min_length <= 2**n <= args.max_length]
-    path, rows = Path(__file__).with_name(f"scaling_{device}"), []
-    if path.with_suffix(".csv").exists():
-        with path.with_suffix(".csv").open(newline="") as f:
-            rows = [r | {k: float(r[k]) if r[k] else None for k in ("ms", "MiB")} for r in csv.DictReader(f)]
-        rows = [r | {"length": int(float(r["length"]))} for r in rows]
-    parts = {"layer": layer, "update": update, "acting step": acting_step}
-    for part in args.parts:
-        rows = [row for row in rows if row["what"] != part]
-        for length in lengths:
-            rows += measure(parts[part], length, args)
-            with path.with_suffix(".csv").open("w", newline="") as f:
-                table = csv.DictWriter(f, rows[0], lineterminator="\n")
-                table.writeheader()
-                table.writerows(rows)
+def read(path):
+    if not path.exists():
+        return []
+    with path.open(newline="") as f:
+        rows = [r | {k: float(r[k]) if r[k] else None for k in ("ms", "MiB")} for r in csv.DictReader(f)]
+    return [r | {"length": int(float(r["length"]))} for r in rows]
 
+
+def plot(path):
+    """scaling_<device>.png from the table of that device."""
+    rows, device = read(path), path.stem.removeprefix("scaling_")
     fig, axes = plt.subplots(2, 3, figsize=(11, 6.4), layout="constrained")
     axes[1, 2].set_axis_off()
     panels = [("layer", "ms"), ("update", "ms"), ("acting step", "ms"), ("layer", "MiB"), ("update", "MiB")]
@@ -160,13 +152,33 @@ def main():
             label = name
             if (x >= 1024).sum() > 1:
                 slope = np.polyfit(np.log(x[x >= 1024]), np.log(y[x >= 1024]), 1)[0]
-                print(f"{what}, {name}: {unit} grows as T^{slope:.2f}")
+                print(f"{device}, {what}, {name}: {unit} grows as T^{slope:.2f}")
                 label += f" (slope {slope:.2f})"
             ax.loglog(x, y, marker="o", markersize=3, label=label)
         context = "context length" if what == "acting step" else "sequence length"
-        ax.set(xlabel=context, ylabel=unit, title=f"{what}, {device}")
+        ax.set(xlabel=context, ylabel=unit, title=what)
         ax.legend(fontsize="x-small")
+    fig.suptitle(device)
     fig.savefig(path.with_suffix(".png"), dpi=150)
+
+
+def main():
+    args = tyro.cli(Args, description=__doc__)
+    device = jax.devices()[0].device_kind.replace(" ", "-")
+    lengths = [2**n for n in range(4, 20) if args.min_length <= 2**n <= args.max_length]
+    path = Path(__file__).with_name(f"scaling_{device}.csv")
+    rows = read(path)
+    parts = {"layer": layer, "update": update, "acting step": acting_step}
+    for part in args.parts:
+        rows = [row for row in rows if row["what"] != part]
+        for length in lengths:
+            rows += measure(parts[part], length, args)
+            with path.open("w", newline="") as f:
+                table = csv.DictWriter(f, rows[0], lineterminator="\n")
+                table.writeheader()
+                table.writerows(rows)
+    for path in Path(__file__).parent.glob("scaling_*.csv"):
+        plot(path)
 
 
 if __name__ == "__main__":
