@@ -2,6 +2,7 @@
 
     python benchmarks/adaptation.py                             # suite cartpole, half an hour on one core
     python benchmarks/adaptation.py --suite classic             # four to five hours on one core; bodies takes the same
+    python benchmarks/adaptation.py --suite locomotion          # for a GPU: ten minutes a run on an H100
     python benchmarks/adaptation.py --suite classic --runs runs/A runs/B    # finished runs, in place of training
     python benchmarks/adaptation.py --suite classic --runs runs/A runs/B --held-out-tasks cartpole-long pendulum-heavy
 
@@ -34,14 +35,21 @@ sys.path.insert(0, str(HERE.parent))
 from s5_ppo_meta import SUITES, TASKS  # noqa: E402
 
 LONG = ["--anneal-lr", "--total-timesteps", "96000000"]
-FLAGS = {"cartpole": [], "classic": ["--suite", "classic", *LONG], "bodies": ["--suite", "bodies", *LONG]}
+GPU = ["--anneal-lr", "--total-timesteps", "160000000", "--num-envs", "7680", "--num-steps", "64"]
+GPU += ["--num-minibatches", "96", "--log-interval", "5"]
+FLAGS = {
+    "cartpole": [],
+    "classic": ["--suite", "classic", *LONG],
+    "bodies": ["--suite", "bodies", *LONG],
+    "locomotion": ["--suite", "locomotion", *GPU],
+}
 RUNS = [["--seed", "0"], ["--seed", "1"], ["--seed", "2"], ["--seed", "0", "--num-layers", "0"]]
 MEMORIES = ("memory kept", "wiped every episode", "wiped every step", "trained without")
 
 
 @dataclass
 class Args:
-    suite: Literal["cartpole", "classic", "bodies"] = "cartpole"
+    suite: Literal["cartpole", "classic", "bodies", "locomotion"] = "cartpole"
     """suite of s5_ppo_meta.py"""
     runs: tuple[Path, ...] = ()
     """finished runs to read instead of training"""
