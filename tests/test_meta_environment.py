@@ -314,7 +314,7 @@ def test_all_tasks_show_as_many_entries():
 # ---- the tasks themselves
 def unprojected(name, raw_step, num_envs=N, num_steps=T):
     """Plays a task without projection, and steps the raw one beside it from the same states with the same actions."""
-    args = Args(**SIZES | {"projected_obs_size": 9}, **EPISODES, train_tasks=(name,), projection=False)
+    args = Args(**SIZES | {"projected_obs_size": 11}, **EPISODES, train_tasks=(name,), projection=False)
     env = Environment(args.train_tasks, args, trials_end=False)
     return play(
         env,
@@ -330,7 +330,7 @@ def unprojected(name, raw_step, num_envs=N, num_steps=T):
 def assert_shown(obs, shown):
     """That the agent sees these entries of the task, and zeros up to the projected size."""
     assert_close(obs[..., : shown.shape[-1]], squash(shown))
-    np.testing.assert_array_equal(obs[..., shown.shape[-1] : 9], 0)
+    np.testing.assert_array_equal(obs[..., shown.shape[-1] : 11], 0)
 
 
 def assert_close(x, y):
@@ -394,19 +394,30 @@ def test_without_projection_a_task_of_gymnax_is_the_raw_one_step_by_step(name):
     assert_shown(now.obs[:-1][new], shown[:, seen])
 
 
-def test_without_projection_a_task_of_brax_is_the_raw_one_step_by_step():
-    raw = envs.get_environment("inverted_pendulum", backend="spring")
-    played = unprojected("inverted-pendulum", lambda state, a: raw.step(state, a[:1]), num_envs=2, num_steps=60)
+BRAX = [
+    ("inverted-pendulum", 60),
+    pytest.param("reacher", 120, marks=pytest.mark.slow),
+]  # whose reward and sizes differ
+
+
+@pytest.mark.parametrize(("name", "steps"), BRAX)
+def test_without_projection_a_task_of_brax_is_the_raw_one_step_by_step(name, steps):
+    raw = envs.get_environment(TASKS[name].env_id, backend="spring")
+    step = lambda state, a: raw.step(state, a[: raw.action_size])  # noqa: E731
+    played = unprojected(name, step, num_envs=2, num_steps=steps)
     now, inner, after = played.now, played.states[0].inner, played.other
     assert_shown(now.final_obs, after.obs)
-    np.testing.assert_array_equal(now.raw_reward, np.broadcast_to(after.reward, (60, 2)))
-    np.testing.assert_array_equal(now.done, after.done > 0.5)
-    assert now.done.any(0).all() and not now.truncated.any()
+    np.testing.assert_allclose(now.raw_reward, np.broadcast_to(after.reward, (steps, 2)), rtol=1e-5)
+    limit = played.states[0].episode_length + 1 == TASKS[name].episode_length
+    np.testing.assert_array_equal(now.done, (after.done > 0.5) | limit)
+    np.testing.assert_array_equal(now.truncated, limit & (after.done < 0.5))
+    assert now.done.any(0).all() and now.truncated.any() == (name == "reacher")
     goes_on, new = ~now.done[:-1], now.done[:-1]
     assert_close(inner.pipeline_state.q[1:][goes_on], after.pipeline_state.q[:-1][goes_on])
     assert_close(inner.pipeline_state.qd[1:][goes_on], after.pipeline_state.qd[:-1][goes_on])
     assert_shown(now.obs[:-1][new], inner.obs[1:][new])
-    assert (np.abs(inner.pipeline_state.q[1:][new]) <= 0.01 + 1e-6).all()
+    if name == "inverted-pendulum":
+        assert (np.abs(inner.pipeline_state.q[1:][new]) <= 0.01 + 1e-6).all()
 
 
 # ---- held-out tasks

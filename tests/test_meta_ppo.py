@@ -51,6 +51,9 @@ def shaken(params):
     return jax.tree.map(lambda x: np.asarray(x) + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
 
 
+NO_RESET_AND_RESET = np.zeros((1, N), bool), np.ones((1, N), bool)
+
+
 def columns(tree, order, axis):
     return jax.tree.map(lambda x: np.take(x, order, axis), tree)
 
@@ -191,19 +194,24 @@ def test_a_fall_costs_the_future_and_a_limit_adds_its_value_in_the_memory_of_bef
     assert by_memory > 1e-2  # it mattered with which memory the last observation of a trial was judged
 
 
-def test_memory_goes_on_into_the_next_trial_if_asked():
-    flags = TINY | {"train_tasks": ("short-pendulum",), "num_layers": 0, "num_minibatches": 1, "update_epochs": 1}
+def test_memory_goes_on_into_the_next_trial_if_asked(apply):
+    flags = TINY | {"train_tasks": ("short-pendulum",), "num_minibatches": 1, "update_epochs": 1}
     args = Args(**flags | {"num_steps": 1}, reset_memory=False)
     init, train = make_train(args, Environment(args.train_tasks, args))
     state = jax.jit(init)(jax.random.key(0))
+    state = state._replace(params=shaken(state.params))
     train = jax.jit(train).lower(state).compile()
     assert state.reset.all()
     told = []
-    for _ in range(TRIAL):
-        state, _ = train(state)
-        told.append(np.array(state.obs[:, -1]))
+    for _ in range(TRIAL + 1):
+        before, (state, _) = state, train(state)
+        told.append(np.array(before.obs[:, -1]) == 1)
         assert not state.reset.any()
-    np.testing.assert_array_equal(np.sum(told, axis=0), 1)  # the agent hears of every new trial
+        if len(told) > 1:  # the S5 state after a step is that of no reset, and with one it would be another
+            memories = [apply(before.params, before.carry, before.obs[None], x)[0][1][0] for x in NO_RESET_AND_RESET]
+            np.testing.assert_allclose(state.carry[1][0], memories[0], atol=1e-5)
+            assert (jnp.abs(state.carry[1][0] - memories[1]).max(1) > 1e-3).all()
+    assert (np.sum(told[1:], axis=0) == 1).all()  # the agent hears of every new trial
 
 
 # ---- predictions
@@ -223,6 +231,29 @@ def test_what_is_to_be_predicted_is_where_the_action_led_not_where_the_next_epis
 
 
 # ---- what the network sees
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_nothing_before_a_trial_reaches_the_agent_in_it_and_all_before_an_episode_does(at):
+    rng, steps = np.random.default_rng(0), 6
+    args = Args(**TINY)
+    network = ActorCritic(args)
+    obs = rng.normal(size=(steps, N, O + A + 3)).astype(np.float32)
+    obs[..., -2:] = 0
+    obs[at, :, -2] = 1  # an episode begins in all environments,
+    reset = (np.arange(steps)[:, None] == at) & (np.arange(N) < 2)  # a trial in two of them
+    carry = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), network.initial_carry(N))
+    params = shaken(jax.jit(network.init)(jax.random.key(0), carry, obs, reset))
+
+    def later(memory, obs):
+        (_, memory), policy, value, _ = network.apply(params, (carry[0], memory), obs, reset)
+        seen = *(x[at:] for x in (*policy, value)), *(jnp.abs(x) for x in memory)
+        return sum(jnp.square(x).sum() for x in seen)
+
+    of_memory, of_obs = jax.jit(jax.grad(later, (0, 1)))(carry[1], obs)
+    assert all((x[:2] == 0).all() and (x[2:] != 0).all() for x in of_memory)
+    assert (of_obs[:at, :2] == 0).all() and (of_obs[:at, 2:] != 0).any(-1).all()
+    assert (of_obs[at:] != 0).any((0, 2)).all()
+
+
 @pytest.mark.parametrize("num_layers", [0, 1])
 def test_the_encoder_sees_the_change_of_observation_and_reward_within_an_episode_if_there_is_a_memory(num_layers):
     rng = np.random.default_rng(0)
@@ -322,6 +353,24 @@ def test_loss_is_the_clipped_objective_and_the_squared_errors_of_value_and_predi
     assert float(loss) == pytest.approx(total, rel=1e-4)
     assert float(metrics["losses/prediction_loss"]) == pytest.approx(prediction_loss, rel=1e-4)
     assert float(metrics["losses/approx_kl"]) == pytest.approx((ratio - 1 - np.log(ratio)).mean(), rel=1e-4)
+
+
+def test_the_entropy_bonus_falls_from_its_weight_to_zero(monkeypatch):
+    seen = []
+
+    def spy(params, network, carry, batch, advantage, target, ent_coef, args):
+        jax.debug.callback(lambda x: seen.append(float(x)), ent_coef)
+        return ppo_loss(params, network, carry, batch, advantage, target, ent_coef, args)
+
+    monkeypatch.setattr(meta, "ppo_loss", spy)
+    flags = {"train_tasks": ("short-pendulum",), "num_layers": 0, "num_minibatches": 1, "update_epochs": 1}
+    args = Args(**TINY | flags, ent_coef=0.5, anneal_ent_coef=True, total_timesteps=4 * N * T)
+    init, train = make_train(args, Environment(args.train_tasks, args))
+    state, train = jax.jit(init)(jax.random.key(0)), jax.jit(train)
+    for _ in range(4):
+        state, _ = train(state)
+    jax.effects_barrier()
+    assert seen == pytest.approx([0.5, 0.375, 0.25, 0.125])
 
 
 @pytest.mark.parametrize(("target_kl", "steps", "scales"), [(1e-6, 1, (1, 1 / 1.5, 1 / 1.5**2)), (1e6, 4, (1, 1, 1))])
