@@ -811,9 +811,6 @@ def setup() -> tuple[Args, Environment]:
         if args.num_devices > len(jax.devices()):
             raise ValueError(f"--num-devices {args.num_devices} is more than there are: use {len(jax.devices())}")
         env = Environment(args)
-        if args.resume:  # --total-timesteps may be new
-            stored["args"] = dataclasses.asdict(args) | {"resume": None}
-            config.write_text(json.dumps(stored, indent=2) + "\n")
         return args, env
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -853,6 +850,10 @@ def main():
                 )
                 os._exit(2)
         logging.disable(logging.NOTSET)
+    if args.resume:  # --total-timesteps may be new
+        config = json.loads((run_dir / "config.json").read_text())
+        config["args"]["total_timesteps"] = args.total_timesteps
+        (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     size = sum(x.size for x in jax.tree.leaves(state.params)) // args.num_seeds
     console.print(
         f"{run_dir}: {size:,} parameters, {args.num_updates * args.batch_size:,} steps in {args.num_updates:,} updates "

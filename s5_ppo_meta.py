@@ -1324,9 +1324,6 @@ def setup() -> tuple[Args, Environment, Environment]:
         if args.render and (not args.eval_only or args.render not in TASKS or CopiesOf(args.render, args).params):
             raise ValueError(f"--render {args.render} needs --eval-only, and a brax task: reacher, ant ...")
         env, eval_env = Environment(args.train_tasks, args), Environment(tasks, args, trials_end=False)
-        if args.resume:  # --total-timesteps may be new
-            stored["args"] = dataclasses.asdict(args) | {"resume": None}
-            config.write_text(json.dumps(stored, indent=2) + "\n")
         return args, env, eval_env
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -1368,6 +1365,10 @@ def main():
                 )
                 os._exit(2)
         logging.disable(logging.NOTSET)
+    if args.resume:  # --total-timesteps may be new
+        config = json.loads((run_dir / "config.json").read_text())
+        config["args"]["total_timesteps"] = args.total_timesteps
+        (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     size = sum(x.size for x in jax.tree.leaves(state.params)) // args.num_seeds
     console.print(
         f"{run_dir}: {size:,} parameters, {args.num_updates * args.batch_size:,} steps in {args.num_updates:,} updates "

@@ -184,9 +184,9 @@ def test_a_checkpoint_that_does_not_fit_the_network_is_refused_and_kept(tmp_path
     config = json.loads((path / "config.json").read_text())
     config["args"]["d_model"] *= 2
     (path / "config.json").write_text(json.dumps(config))
-    code, _, err = finish(start(tmp_path, "--resume run"))
+    code, _, err = finish(start(tmp_path, "--resume run --total-timesteps 1000000"))
     assert_refused(code, err, "--resume run has a checkpoint that does not fit")
-    assert results(path) == results(uninterrupted)
+    assert results(path) == results(uninterrupted) and json.loads((path / "config.json").read_text()) == config
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_and_is_neither_saved_nor_logged(tmp_path):
