@@ -306,10 +306,12 @@ class Args:
         may_be_zero += ("trial_length", "trial_episodes", "eval_interval", "prediction_coef")
         for f in dataclasses.fields(self):
             flag, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
-            # Written so that NaN is refused too.
             zero_is_fine = f.name in may_be_zero
-            if type(value) in (int, float) and not (0 < value < np.inf or (value == 0 and zero_is_fine)):
-                raise ValueError(f"{flag} {value}: use a number {'of 0 or more' if zero_is_fine else 'above 0'}")
+            too_large = 2**53 if f.name == "total_timesteps" else 2**31  # the host counts those, arrays all else
+            # Written so that NaN is refused too.
+            if type(value) in (int, float) and not (0 < value < too_large or (value == 0 and zero_is_fine)):
+                use = "of 0 or more" if zero_is_fine else "above 0"
+                raise ValueError(f"{flag} {value}: use a number {use}, and below {too_large}")
             if f.name in ("gamma", "gae_lambda") and value > 1:
                 raise ValueError(f"{flag} {value} is too large: use 1 or less")
         if self.dt_max < self.dt_min:

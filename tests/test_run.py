@@ -222,6 +222,7 @@ BAD = {
     "no dt": ("--dt-min 0", "--dt-min"),
     "no number": ("--learning-rate nan", "--learning-rate"),
     "endless": ("--learning-rate inf", "--learning-rate"),
+    "beyond 32 bits": ("--memory-length 3000000000", "--memory-length", "below 2147483648"),
 }
 
 
