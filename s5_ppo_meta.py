@@ -23,13 +23,13 @@ What to expect, of the defaults with seeds 0 to 2, on one core of a cloud machin
 at 22,000 to 26,000 steps per second; a return (at most 1) of 0.42 to 0.46 after 2.5 million steps, 0.92 to 0.97 after
 10. On fresh matrices, 64 trials of 32 episodes, it is at least 0.90 in the first episode and 0.93 in the 32nd; with the
 memory wiped every step, 0.05. The paper's figure has 0.27 and 0.41. A specialist reaches 1.0 in 1.5 million steps. The
-command for the classic suite above, with seeds 0 to 2, gave a mean score of 0.85, 0.82 and 0.90 on its training tasks
-and of 0.14, 0.12 and 0.19 on the held-out ones, in 77 to 90 minutes on one core; without memory 0.12 and -0.09
-(benchmarks/adaptation.py; all this from before --target-kl made steps shorter). Locomotion: 9,800 steps per second; up
-to 900,000 on an H100, where 162 million steps brought a score above 0 in reacher only. Of the paper's size, not run
-here: --suite classic --total-timesteps 2000000000 --num-envs 1120 --num-steps 1000 --trial-length 1000 --num-layers 10
---d-model 256 --encoder-size 512 --gamma 0.995 --learning-rate 3e-4. benchmarks/foresight.py shows what the memory knows
-of a body, benchmarks/META_LOG.md tells what was tried.
+command for the classic suite above, with seeds 0 to 2, gave a mean score of 0.84, 0.87 and 0.74 on its training tasks
+and of 0.16, 0.18 and 0.19 on the held-out ones, in 60 to 64 minutes on one core; without memory 0.06 and -0.09
+(benchmarks/adaptation.py, 2026-11-24; CartPole's figures are from before --target-kl made steps shorter). Locomotion:
+9,800 steps per second; up to 900,000 on an H100, where 162 million steps brought a score above 0 in reacher only. Of
+the paper's size, not run here: --suite classic --total-timesteps 2000000000 --num-envs 1120 --num-steps 1000
+--trial-length 1000 --num-layers 10 --d-model 256 --encoder-size 512 --gamma 0.995 --learning-rate 3e-4.
+benchmarks/foresight.py shows what the memory knows of a body, benchmarks/META_LOG.md tells what was tried.
 
 Where this departs from the paper, and why:
 - PPO, not experiment 4's Muesli, and a head that predicts the change of the observation and the reward: PPO alone gives
