@@ -165,7 +165,8 @@ class Args:
         for f in dataclasses.fields(self):
             flag, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
             zero_is_fine = f.name in may_be_zero
-            too_large = 2**53 if f.name == "total_timesteps" else 2**31  # the host counts those, arrays all else
+            any_size = type(value) is float or f.name == "total_timesteps"
+            too_large = np.inf if any_size else 2**31  # arrays count in 32 bits
             # Written so that NaN is refused too.
             if f.type in (int, float) and not (0 < value < too_large or (value == 0 and zero_is_fine)):
                 use = "of 0 or more" if zero_is_fine else "above 0"
