@@ -1,6 +1,6 @@
 """S5, LSTM and Transformer: time and memory against sequence length, of a layer, a PPO update and an acting step.
 
-    python benchmarks/scaling.py                      # on 2 CPU cores: 20 minutes with 3 repeats, not timed with 20
+    python benchmarks/scaling.py                      # 10 minutes on 2 idle CPU cores
     python benchmarks/scaling.py --parts layer        # one part; the table keeps the others
     python benchmarks/scaling.py --parts              # draw the stored tables of all devices again
 
