@@ -73,87 +73,50 @@ from rich.table import Table
 @dataclass
 class Args:
     # ---- run
-    seed: int = 0
-    """first seed; the others follow, SEED + 1 ..."""
-    num_seeds: int = 1
-    """number of independent seeds trained side by side"""
-    num_devices: int = 1
-    """GPUs, or other devices that JAX sees, over which the environments of every seed are split"""
-    total_timesteps: int = 500_000
-    """environment steps of each seed, rounded up to whole log intervals"""
-    log_interval: int = 10
-    """updates in one jitted call, and in one row of metrics.csv"""
-    checkpoint_interval: int = 60
-    """seconds between checkpoints; the last update is always saved"""
-    resume: Path | None = None
-    """run directory to continue, with its own flags; only --total-timesteps may be given anew, to go on for longer"""
-    track: bool = False
-    """send the metrics to Weights & Biases as well"""
-    wandb_project_name: str = "s5-in-context-rl"
-    """Weights & Biases project of --track"""
-    tf32: bool = False
-    """let NVIDIA GPUs round matrix products to TF32; acting and learning then differ by about 1e-3"""
+    seed: int = 0  # first seed; the others follow, SEED + 1 ...
+    num_seeds: int = 1  # number of independent seeds trained side by side
+    num_devices: int = 1  # GPUs, or other devices of JAX, over which each seed's environments are split
+    total_timesteps: int = 500_000  # environment steps of each seed, rounded up to whole log intervals
+    log_interval: int = 10  # updates in one jitted call, and in one row of metrics.csv
+    checkpoint_interval: int = 60  # seconds between checkpoints; the last update is always saved
+    resume: Path | None = None  # run directory to continue with its own flags; only --total-timesteps may be raised
+    track: bool = False  # send the metrics to Weights & Biases as well
+    wandb_project_name: str = "s5-in-context-rl"  # Weights & Biases project of --track
+    tf32: bool = False  # let NVIDIA GPUs use TF32; acting and learning then differ by about 1e-3
 
     # ---- task
-    env_id: str = "MemoryChain-bsuite"
-    """any gymnax environment with a flat Box observation and Discrete actions"""
-    memory_length: int = 128
-    """MemoryChain-bsuite: step, counted from 0, whose action must be the cue; above 200 use the flags that
-    benchmarks/memory_length.py prints, since rollouts have to be longer than an episode"""
-    env_params: dict[str, float] = field(default_factory=dict)
-    """fields of the environment's EnvParams to override: NAME VALUE NAME VALUE ..."""
-    truncation_is_terminal: bool = False
-    """a time limit is part of the task: what would have come after it counts for nothing"""
-    eval_episodes: int = 128
-    """greedy episodes of each seed in the evaluation at the end"""
+    env_id: str = "MemoryChain-bsuite"  # any gymnax environment with a flat Box observation and Discrete actions
+    memory_length: int = 128  # MemoryChain-bsuite: step, from 0, whose action must be the cue; see above for long ones
+    env_params: dict[str, float] = field(default_factory=dict)  # fields of EnvParams to override: NAME VALUE ...
+    truncation_is_terminal: bool = False  # a time limit is a real end: what would have come after it counts for nothing
+    eval_episodes: int = 128  # greedy episodes of each seed in the evaluation at the end
 
     # ---- sequence model
-    num_layers: int = 2
-    """S5 blocks; 0 is the network without memory"""
-    d_model: int = 64
-    """D, width of the blocks"""
-    state_size: int = 32
-    """P, complex states of a block"""
-    dt_min: float = 0.001
-    """smallest initial time step; the slowest states fall to 1/e in 2 / DT_MIN environment steps"""
-    dt_max: float = 0.1
-    """largest initial time step"""
-    zoh: bool = False
-    """scale the input by zero-order hold, as the paper does, not to unit variance"""
+    num_layers: int = 2  # S5 blocks; 0 is the network without memory
+    d_model: int = 64  # D, width of the blocks
+    state_size: int = 32  # P, complex states of a block
+    dt_min: float = 0.001  # smallest initial time step; the slowest states fall to 1/e in 2 / DT_MIN steps
+    dt_max: float = 0.1  # largest initial time step
+    zoh: bool = False  # scale the input by zero-order hold, as the paper does, not to unit variance
 
     # ---- actor and critic
-    encoder_size: int = 128
-    """hidden units of the observation encoder"""
-    head_size: int = 128
-    """hidden units in each of the two layers of the actor and of the critic"""
+    encoder_size: int = 128  # hidden units of the observation encoder
+    head_size: int = 128  # hidden units in each of the two layers of the actor and of the critic
 
     # ---- PPO
-    num_envs: int = 32
-    """N, parallel environments"""
-    num_steps: int = 256
-    """T, steps of a rollout in each environment; gradients reach back this far and no further"""
-    num_minibatches: int = 4
-    """minibatches of a pass over the rollout, each of whole environments"""
-    update_epochs: int = 4
-    """passes over each rollout"""
-    learning_rate: float = 1e-3
-    """step size of Adam"""
-    anneal_lr: bool = False
-    """lower the step size linearly to zero over the run"""
-    gamma: float = 0.99
-    """discount"""
-    gae_lambda: float = 0.95
-    """lambda of the generalised advantage estimate"""
-    clip_coef: float = 0.2
-    """epsilon of the clipped objective"""
-    ent_coef: float = 0.0
-    """weight of the entropy bonus"""
-    anneal_ent_coef: bool = False
-    """lower that weight linearly to zero over the run: a policy kept random is another policy once it acts greedily"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """global norm the gradient is clipped to"""
+    num_envs: int = 32  # N, parallel environments
+    num_steps: int = 256  # T, steps of a rollout in each environment; gradients reach back this far and no further
+    num_minibatches: int = 4  # minibatches of a pass over the rollout, each of whole environments
+    update_epochs: int = 4  # passes over each rollout
+    learning_rate: float = 1e-3  # step size of Adam
+    anneal_lr: bool = False  # lower the step size linearly to zero over the run
+    gamma: float = 0.99  # discount of a step
+    gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
+    clip_coef: float = 0.2  # epsilon of the clipped objective
+    ent_coef: float = 0.0  # weight of the entropy bonus
+    anneal_ent_coef: bool = False  # lower that weight linearly to zero over the run
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # global norm the gradient is clipped to
 
     @property
     def batch_size(self) -> int:
@@ -378,14 +341,14 @@ class S5(nn.Module):
         hippo, vectors = hippo_normal(P)
 
         # B and C start real and are turned into the eigenbasis. They are stored transposed, real and imaginary parts
-        # apart: the optimiser never sees a complex gradient, and products of real matrices are faster.
+        # beside each other: the optimiser never sees a complex gradient, and each of them is one matrix product.
         def init_b(key):
             b = vectors.conj().T @ jax.random.normal(key, (2 * P, D)) / np.sqrt(D)  # (P, D)
-            return jnp.stack([b.real.T, b.imag.T])  # (2, D, P)
+            return jnp.concatenate([b.real.T, b.imag.T], axis=1)  # (D, 2P)
 
         def init_c(key):
             c = jax.random.normal(key, (D, 2 * P)) @ vectors / np.sqrt(2 * P)  # (D, P)
-            return jnp.stack([c.real.T, c.imag.T])  # (2, P, D)
+            return jnp.concatenate([c.real.T, -c.imag.T])  # (2P, D), since Re(Cx) = Re(C) Re(x) - Im(C) Im(x)
 
         def init_log_dt(key):
             return jax.random.uniform(key, (P,), minval=np.log(self.args.dt_min), maxval=np.log(self.args.dt_max))
@@ -404,12 +367,13 @@ class S5(nn.Module):
         scale = (a_bar - 1) / lam if self.args.zoh else jnp.sqrt(-jnp.expm1(2 * lam.real * dt))
 
         # Matrix products see T and N as one axis: a weight gradient that sums over two is three times slower on a CPU.
-        b_bar = jax.lax.complex(b[0], b[1]) * scale
         u_flat = u.reshape(T * N, D)
-        bu = jax.lax.complex(u_flat @ b_bar.real, u_flat @ b_bar.imag).reshape(T, N, P)
+        b_bar = jax.lax.complex(b[:, :P], b[:, P:]) * scale
+        bu = u_flat @ jnp.concatenate([b_bar.real, b_bar.imag], axis=1)  # (T N, 2P)
+        bu = jax.lax.complex(bu[:, :P], bu[:, P:]).reshape(T, N, P)
         x = s5_scan(a_bar, bu, reset, state, jax.default_backend() != "cpu")
         x_flat = x.reshape(T * N, P)
-        y = 2 * (x_flat.real @ c[0] - x_flat.imag @ c[1]) + d * u_flat  # 2 Re(Cx) + Du
+        y = 2 * jnp.concatenate([x_flat.real, x_flat.imag], axis=1) @ c + d * u_flat  # 2 Re(Cx) + Du
         return x[-1], y.reshape(T, N, D)
 
 
@@ -634,16 +598,6 @@ def make_train(args, env):
 
 
 # ==== Evaluation ======================================================================================================
-class EvalState(NamedTuple):
-    env_state: EnvState
-    timestep: Timestep
-    carry: tuple
-    key: jax.Array
-    finished: jax.Array  # (E,) bool
-    episode_return: jax.Array  # (E,) of the first episode
-    episode_length: jax.Array  # (E,)
-
-
 def evaluate(params, key, env_params, greedy, args, env):
     """Returns and lengths, (E,) each, of one whole episode in each of E = eval_episodes environments.
 
@@ -655,24 +609,21 @@ def evaluate(params, key, env_params, greedy, args, env):
     env_state, timestep = env.reset(env_key, env_params, args.eval_episodes)
     carry = SequenceModel(args).initial_carry(args.eval_episodes)
 
-    def step(s: EvalState) -> EvalState:
-        key, action_key, env_key = jax.random.split(s.key, 3)
-        carry, logits, _ = network.apply(params, s.carry, s.timestep.obs[None], s.timestep.reset[None])
+    def step(state):
+        env_state, last, carry, key = state
+        key, action_key, env_key = jax.random.split(key, 3)
+        carry, logits, _ = network.apply(params, carry, last.obs[None], last.reset[None])
         action = jnp.where(greedy, logits[0].argmax(-1), jax.random.categorical(action_key, logits[0]))
-        env_state, timestep = env.step(env_key, s.env_state, action, env_params)
-        return EvalState(
-            env_state,
-            timestep,
-            carry,
-            key,
-            s.finished | timestep.done,
-            jnp.where(s.finished, s.episode_return, timestep.episode_return),
-            jnp.where(s.finished, s.episode_length, timestep.episode_length),
-        )
+        env_state, timestep = env.step(env_key, env_state, action, env_params)
 
-    start = EvalState(env_state, timestep, carry, key, timestep.done, timestep.episode_return, timestep.episode_length)
-    end = jax.lax.while_loop(lambda s: ~s.finished.all(), step, start)
-    return end.episode_return, end.episode_length
+        def stay(old, new):  # where the episode has ended, its last Timestep is what counts
+            return jnp.where(last.done.reshape(-1, *[1] * (new.ndim - 1)), old, new)
+
+        return env_state, jax.tree.map(stay, last, timestep), carry, key
+
+    start = env_state, timestep, carry, key
+    _, last, _, _ = jax.lax.while_loop(lambda state: ~state[1].done.all(), step, start)
+    return last.episode_return, last.episode_length
 
 
 # ==== Run directory ===================================================================================================

@@ -122,29 +122,33 @@ TASKS = {
     "ant": Task("ant", 200, 200.0, 356.4, 16.0),
     "pusher": Task("pusher", 100, -52.7, -40.5, 27.3),
 }
-# What --suite stands for; flags of the same names override it. Trials count steps or episodes: the other is 0.
+
+
+class Suite(NamedTuple):
+    """What --suite stands for; flags of these names override it. A trial counts steps or episodes: the other is 0."""
+
+    train_tasks: tuple
+    held_out_tasks: tuple
+    projected_obs_size: int
+    projected_action_size: int
+    trial_length: int = 0
+    trial_episodes: int = 0
+
+
+# In bodies, gravity, masses and forces are drawn for each trial, and the held-out ones lie outside of what is drawn
+# (pendulum-heavy would not: its motion is that of a length of 1 with g 12.5 and m 0.96).
 SUITES = {
-    "cartpole": {
-        "train_tasks": ("cartpole-positions",),
-        "held_out_tasks": (),
-        "projected_obs_size": 4,
-        "projected_action_size": 1,
-        "trial_length": 0,
-        "trial_episodes": 16,
-    },
-    "classic": {
-        "train_tasks": ("pendulum", "point-robot", "cartpole", "inverted-pendulum", "reacher"),
-        "held_out_tasks": ("gymnax-reacher", "inverted-double-pendulum", "pendulum-heavy", "mountain-car"),
-        "projected_obs_size": 12,
-        "projected_action_size": 2,
-        "trial_length": 400,
-        "trial_episodes": 0,
-    },
-    # As classic, but gravity, masses and forces are drawn for each trial. The held-out bodies lie outside of what is
-    # drawn (pendulum-heavy would not: its motion is that of a length of 1 with g 12.5 and m 0.96).
-    "bodies": {
-        "train_tasks": ("pendulum-bodies", "point-robot-bodies", "cartpole-bodies", "inverted-pendulum", "reacher"),
-        "held_out_tasks": (
+    "cartpole": Suite(("cartpole-positions",), (), 4, 1, trial_episodes=16),
+    "classic": Suite(
+        ("pendulum", "point-robot", "cartpole", "inverted-pendulum", "reacher"),
+        ("gymnax-reacher", "inverted-double-pendulum", "pendulum-heavy", "mountain-car"),
+        projected_obs_size=12,
+        projected_action_size=2,
+        trial_length=400,
+    ),
+    "bodies": Suite(
+        ("pendulum-bodies", "point-robot-bodies", "cartpole-bodies", "inverted-pendulum", "reacher"),
+        (
             "gymnax-reacher",
             "inverted-double-pendulum",
             "mountain-car",
@@ -152,19 +156,17 @@ SUITES = {
             "cartpole-long",
             "point-robot-slow",
         ),
-        "projected_obs_size": 12,
-        "projected_action_size": 2,
-        "trial_length": 400,
-        "trial_episodes": 0,
-    },
-    "locomotion": {
-        "train_tasks": ("ant", "halfcheetah", "hopper", "reacher", "inverted-double-pendulum"),
-        "held_out_tasks": ("walker2d", "pusher"),
-        "projected_obs_size": 32,
-        "projected_action_size": 8,
-        "trial_length": 1000,
-        "trial_episodes": 0,
-    },
+        projected_obs_size=12,
+        projected_action_size=2,
+        trial_length=400,
+    ),
+    "locomotion": Suite(
+        ("ant", "halfcheetah", "hopper", "reacher", "inverted-double-pendulum"),
+        ("walker2d", "pusher"),
+        projected_obs_size=32,
+        projected_action_size=8,
+        trial_length=1000,
+    ),
 }
 
 
@@ -172,120 +174,71 @@ SUITES = {
 @dataclass
 class Args:
     # ---- run
-    seed: int = 0
-    """first seed; the others follow, SEED + 1 ..."""
-    num_seeds: int = 1
-    """number of independent seeds trained side by side"""
-    num_devices: int = 1
-    """GPUs, or other devices that JAX sees, over which the environments of every seed are split"""
-    total_timesteps: int = 10_000_000
-    """environment steps of each seed, rounded up to whole log intervals"""
-    log_interval: int = 10
-    """updates in one jitted call, and in one row of metrics.csv"""
-    checkpoint_interval: int = 60
-    """seconds between checkpoints; the last update is always saved"""
-    resume: Path | None = None
-    """run directory to continue, with its own flags; only --total-timesteps may be given anew, to go on for longer"""
-    track: bool = False
-    """send the metrics to Weights & Biases as well"""
-    wandb_project_name: str = "s5-in-context-rl"
-    """Weights & Biases project of --track"""
-    tf32: bool = False
-    """let NVIDIA GPUs round matrix products to TF32; acting and learning then differ by about 1e-3"""
+    seed: int = 0  # first seed; the others follow, SEED + 1 ...
+    num_seeds: int = 1  # number of independent seeds trained side by side
+    num_devices: int = 1  # GPUs, or other devices of JAX, over which each seed's environments are split
+    total_timesteps: int = 10_000_000  # environment steps of each seed, rounded up to whole log intervals
+    log_interval: int = 10  # updates in one jitted call, and in one row of metrics.csv
+    checkpoint_interval: int = 60  # seconds between checkpoints; the last update is always saved
+    resume: Path | None = None  # run directory to continue with its own flags; only --total-timesteps may be raised
+    track: bool = False  # send the metrics to Weights & Biases as well
+    wandb_project_name: str = "s5-in-context-rl"  # Weights & Biases project of --track
+    tf32: bool = False  # let NVIDIA GPUs use TF32; acting and learning then differ by about 1e-3
 
     # ---- tasks; None stands for the suite's own value
-    suite: Literal["cartpole", "classic", "bodies", "locomotion"] = "cartpole"
-    """tasks, sizes and trials: see SUITES"""
-    train_tasks: tuple[str, ...] | None = None
-    """tasks to train on, names of TASKS; each has an equal share of the environments"""
-    held_out_tasks: tuple[str, ...] | None = None
-    """tasks to evaluate on only"""
-    projected_obs_size: int | None = None
-    """entries of the projected observation"""
-    projected_action_size: int | None = None
-    """entries of the action before its projection"""
-    projection: bool = True
-    """random projections; --no-projection pads with zeros instead, and the task is always seen the same way"""
-    trial_length: int | None = None
-    """steps of a trial; set either this or --trial-episodes"""
-    trial_episodes: int | None = None
-    """episodes of a trial; set either this or --trial-length"""
-    reset_memory: bool = True
-    """--no-reset-memory carries it on into the next trial (the paper's ablation), though the agent is told of that"""
-    brax_backend: Literal["spring", "positional", "generalized", "mjx"] = "spring"
-    """physics of the brax tasks; spring is the fastest by far, and the reference scores are its"""
+    suite: Literal["cartpole", "classic", "bodies", "locomotion"] = "cartpole"  # see SUITES
+    train_tasks: tuple[str, ...] | None = None  # names of TASKS; each has an equal share of the environments
+    held_out_tasks: tuple[str, ...] | None = None  # tasks to evaluate on only
+    projected_obs_size: int | None = None  # entries of the projected observation
+    projected_action_size: int | None = None  # entries of the action before its projection
+    projection: bool = True  # --no-projection: the task as it is, padded with zeros
+    trial_length: int | None = None  # steps of a trial; set either this or --trial-episodes
+    trial_episodes: int | None = None  # episodes of a trial; set either this or --trial-length
+    reset_memory: bool = True  # --no-reset-memory carries it on into the next trial (the paper's ablation)
+    brax_backend: Literal["spring", "positional", "generalized", "mjx"] = "spring"  # the fastest; TASKS has its scores
 
     # ---- evaluation
-    eval_interval: int = 0
-    """updates between evaluations, each made when the log interval it falls into is over; 0: at the end only"""
-    eval_trials: int = 64
-    """trials of each task and kind of memory in an evaluation"""
-    eval_trial_length: int | None = None
-    """length of those trials, in steps or episodes as in training; None is twice as long as in training"""
-    eval_only: Path | None = None
-    """run directory to evaluate again, with the --eval flags and --held-out-tasks given beside it, and no others"""
-    render: str | None = None
-    """with --eval-only: a brax task, whose first and last episode of a trial become HTML pages"""
+    eval_interval: int = 0  # updates between evaluations, rounded up to log intervals; 0: at the end only
+    eval_trials: int = 64  # trials of each task and kind of memory in an evaluation
+    eval_trial_length: int | None = None  # their steps, or episodes, as in training; None: twice as many as there
+    eval_only: Path | None = None  # run to evaluate again, with other --eval flags or --held-out-tasks
+    render: str | None = None  # with --eval-only: a brax task; HTML of a trial's first and last episode
 
     # ---- sequence model
-    num_layers: int = 4
-    """S5 blocks; 0 is the network without memory"""
-    d_model: int = 64
-    """D, width of the blocks"""
-    state_size: int = 32
-    """P, complex states of a block"""
-    dt_min: float = 0.001
-    """smallest initial time step; the slowest states fall to 1/e in 2 / DT_MIN environment steps"""
-    dt_max: float = 2.0
-    """largest initial time step; the fastest states, which see a difference between two steps, fall in 2 / DT_MAX"""
-    zoh: bool = False
-    """scale the input by zero-order hold, as the paper does, not to unit variance"""
+    num_layers: int = 4  # S5 blocks; 0 is the network without memory
+    d_model: int = 64  # D, width of the blocks
+    state_size: int = 32  # P, complex states of a block
+    dt_min: float = 0.001  # smallest initial time step; the slowest states fall to 1/e in 2 / DT_MIN steps
+    dt_max: float = 2.0  # largest; the fastest states, which see differences of two steps, fall in 2 / DT_MAX
+    zoh: bool = False  # scale the input by zero-order hold, as the paper does, not to unit variance
 
     # ---- actor and critic
-    encoder_size: int = 128
-    """hidden units of the observation encoder, each a product of two sums"""
-    head_size: int = 64
-    """hidden units in each of the two layers of the actor, of the critic and of the prediction"""
+    encoder_size: int = 128  # hidden units of the observation encoder, each a product of two sums
+    head_size: int = 64  # hidden units in each of the two layers of the actor, of the critic and of the prediction
 
     # ---- PPO
-    num_envs: int = 480
-    """N, parallel environments"""
-    num_steps: int = 128
-    """T, steps of a rollout in each environment; gradients reach back this far and no further"""
-    num_minibatches: int = 32
-    """minibatches of a pass over the rollout, each of whole environments"""
-    update_epochs: int = 2
-    """passes over each rollout"""
-    learning_rate: float = 1e-3
-    """step size of Adam"""
-    anneal_lr: bool = False
-    """lower the step size linearly to zero over the run"""
-    gamma: float = 0.99
-    """discount"""
-    gae_lambda: float = 0.95
-    """lambda of the generalised advantage estimate"""
-    clip_coef: float = 0.2
-    """epsilon of the clipped objective"""
-    ent_coef: float = 0.005
-    """weight of the entropy bonus"""
-    anneal_ent_coef: bool = False
-    """lower that weight linearly to zero over the run"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    prediction_coef: float = 1.0
-    """weight of predicting the change of observation and reward; 0 switches that off"""
-    target_kl: float = 0.04
-    """the step size shrinks while the KL divergence of the policy from the rollout's, mean of an update, is above this;
-    a gradient step is skipped above 2.5 times it"""
-    max_grad_norm: float = 0.5
-    """global norm the gradient is clipped to"""
+    num_envs: int = 480  # N, parallel environments
+    num_steps: int = 128  # T, steps of a rollout in each environment; gradients reach back this far and no further
+    num_minibatches: int = 32  # minibatches of a pass over the rollout, each of whole environments
+    update_epochs: int = 2  # passes over each rollout
+    learning_rate: float = 1e-3  # step size of Adam
+    anneal_lr: bool = False  # lower the step size linearly to zero over the run
+    gamma: float = 0.99  # discount of a step
+    gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
+    clip_coef: float = 0.2  # epsilon of the clipped objective
+    ent_coef: float = 0.005  # weight of the entropy bonus
+    anneal_ent_coef: bool = False  # lower that weight linearly to zero over the run
+    vf_coef: float = 0.5  # weight of the value loss
+    prediction_coef: float = 1.0  # weight of predicting the change of observation and reward; 0 switches that off
+    target_kl: float = 0.04  # mean KL of an update above which steps shrink; above 2.5 times it they are skipped
+    max_grad_norm: float = 0.5  # global norm the gradient is clipped to
 
     def __post_init__(self):
         if self.trial_length and self.trial_episodes is None:  # one given stands for both
             self.trial_episodes = 0
         if self.trial_episodes and self.trial_length is None:
             self.trial_length = 0
-        for name, value in SUITES[self.suite].items():
+        for name, value in SUITES[self.suite]._asdict().items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.eval_trial_length is None:
@@ -666,14 +619,14 @@ class S5(nn.Module):
         hippo, vectors = hippo_normal(P)
 
         # B and C start real and are turned into the eigenbasis. They are stored transposed, real and imaginary parts
-        # apart: the optimiser never sees a complex gradient, and products of real matrices are faster.
+        # beside each other: the optimiser never sees a complex gradient, and each of them is one matrix product.
         def init_b(key):
             b = vectors.conj().T @ jax.random.normal(key, (2 * P, D)) / np.sqrt(D)  # (P, D)
-            return jnp.stack([b.real.T, b.imag.T])  # (2, D, P)
+            return jnp.concatenate([b.real.T, b.imag.T], axis=1)  # (D, 2P)
 
         def init_c(key):
             c = jax.random.normal(key, (D, 2 * P)) @ vectors / np.sqrt(2 * P)  # (D, P)
-            return jnp.stack([c.real.T, c.imag.T])  # (2, P, D)
+            return jnp.concatenate([c.real.T, -c.imag.T])  # (2P, D), since Re(Cx) = Re(C) Re(x) - Im(C) Im(x)
 
         def init_log_dt(key):
             return jax.random.uniform(key, (P,), minval=np.log(self.args.dt_min), maxval=np.log(self.args.dt_max))
@@ -692,12 +645,13 @@ class S5(nn.Module):
         scale = (a_bar - 1) / lam if self.args.zoh else jnp.sqrt(-jnp.expm1(2 * lam.real * dt))
 
         # Matrix products see T and N as one axis: a weight gradient that sums over two is three times slower on a CPU.
-        b_bar = jax.lax.complex(b[0], b[1]) * scale
         u_flat = u.reshape(T * N, D)
-        bu = jax.lax.complex(u_flat @ b_bar.real, u_flat @ b_bar.imag).reshape(T, N, P)
+        b_bar = jax.lax.complex(b[:, :P], b[:, P:]) * scale
+        bu = u_flat @ jnp.concatenate([b_bar.real, b_bar.imag], axis=1)  # (T N, 2P)
+        bu = jax.lax.complex(bu[:, :P], bu[:, P:]).reshape(T, N, P)
         x = s5_scan(a_bar, bu, reset, state, jax.default_backend() != "cpu")
         x_flat = x.reshape(T * N, P)
-        y = 2 * (x_flat.real @ c[0] - x_flat.imag @ c[1]) + d * u_flat  # 2 Re(Cx) + Du
+        y = 2 * jnp.concatenate([x_flat.real, x_flat.imag], axis=1) @ c + d * u_flat  # 2 Re(Cx) + Du
         return x[-1], y.reshape(T, N, D)
 
 

@@ -148,9 +148,8 @@ def plot(rows, tasks, held_out, path):
     """Score against the episode of a trial: mean over seeds and each seed."""
     columns = min(len(tasks), 5)
     lines = -(-len(tasks) // columns)
-    fig, axes = plt.subplots(
-        lines, columns, figsize=(3 * columns + 1, 2.8 * lines), layout="constrained", squeeze=False
-    )
+    size = max(3 * columns + 1, 6.5), max(2.8 * lines, 3.4)  # the legend has to fit below a single task too
+    fig, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     for ax in axes.flat[len(tasks) :]:
         ax.set_axis_off()
     for task, ax in zip(tasks, axes.flat, strict=False):
@@ -174,7 +173,7 @@ def main():
             run_dirs = [evaluate(path, args.held_out_tasks, folder) for path in run_dirs]
         loaded = [load(path, args.suite) for path in run_dirs]
     runs, rows = [run for run, _ in loaded], [row for _, rows in loaded for row in rows]
-    held_out = args.held_out_tasks or SUITES[args.suite]["held_out_tasks"]
+    held_out = args.held_out_tasks or SUITES[args.suite].held_out_tasks
     if not args.held_out_tasks:
         others = [row for row in read(HERE / "adaptation_runs.csv") if row["suite"] != args.suite]
         write(HERE / "adaptation_runs.csv", others + runs)

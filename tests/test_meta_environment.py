@@ -304,7 +304,7 @@ def test_two_tasks_of_the_same_physics_look_the_same():
 
 
 def test_all_tasks_show_as_many_entries():
-    names = SUITES["classic"]["train_tasks"] + SUITES["classic"]["held_out_tasks"]
+    names = SUITES["classic"].train_tasks + SUITES["classic"].held_out_tasks
     args = Args(suite="classic")
     env = Environment(tuple(name for name in names if TASKS[name].env_id in gymnax.registered_envs), args)
     _, first = jax.eval_shape(lambda key: env.reset(key, 14), jax.random.key(0))
@@ -429,13 +429,13 @@ def test_a_task_whose_actions_no_sign_can_pick_is_refused(monkeypatch):
 
 def test_the_tables_name_known_tasks_and_hold_some_out():
     for suite in SUITES.values():
-        names = suite["train_tasks"] + suite["held_out_tasks"]
+        names = suite.train_tasks + suite.held_out_tasks
         assert set(names) <= set(TASKS)
-        assert not set(suite["train_tasks"]) & set(suite["held_out_tasks"])
-        assert bool(suite["trial_length"]) != bool(suite["trial_episodes"])
+        assert not set(suite.train_tasks) & set(suite.held_out_tasks)
+        assert bool(suite.trial_length) != bool(suite.trial_episodes)
         physics = [(TASKS[name].env_id, str(TASKS[name].params)) for name in names]
         assert len(set(physics)) == len(physics)  # nor is one task held out under another name
-    assert SUITES["classic"]["held_out_tasks"] and SUITES["locomotion"]["held_out_tasks"]
+    assert SUITES["classic"].held_out_tasks and SUITES["locomotion"].held_out_tasks
     assert get_args(get_type_hints(Args)["suite"]) == tuple(SUITES)
 
 
@@ -446,8 +446,8 @@ def test_the_pendulum_held_out_is_outside_of_the_drawn_ones():
     assert 10 / length < g[0] and 1 / length**2 < 1 / m[1]  # g is 10 and m is 1 by default
     heavy = TASKS["pendulum-heavy"].params  # inside, and so not held out there
     assert g[0] < 10 / heavy["l"] < g[1] and 1 / m[1] < 1 / (heavy["m"] * heavy["l"] ** 2) < 1 / m[0]
-    assert "pendulum-long" in SUITES["bodies"]["held_out_tasks"]
-    assert "pendulum-heavy" not in SUITES["bodies"]["held_out_tasks"]
+    assert "pendulum-long" in SUITES["bodies"].held_out_tasks
+    assert "pendulum-heavy" not in SUITES["bodies"].held_out_tasks
 
 
 def test_a_row_of_brax_with_fields_for_gymnax_is_refused(monkeypatch):

@@ -334,11 +334,11 @@ def test_training_has_the_tasks_to_train_on_and_evaluation_the_held_out_ones_too
 def test_a_suite_gives_what_no_flag_overrides(suite):
     args = Args(suite=suite)
     args.check()
-    assert SUITES[suite].items() <= dataclasses.asdict(args).items()
+    assert SUITES[suite]._asdict().items() <= dataclasses.asdict(args).items()
     assert Args(suite=suite, trial_length=70).trial_episodes == Args(suite=suite, trial_episodes=5).trial_length == 0
     args = Args(suite=suite, projected_obs_size=99)
     assert args.projected_obs_size == 99
-    assert (args.train_tasks, args.held_out_tasks) == (SUITES[suite]["train_tasks"], SUITES[suite]["held_out_tasks"])
+    assert (args.train_tasks, args.held_out_tasks) == (SUITES[suite].train_tasks, SUITES[suite].held_out_tasks)
     assert args.eval_trial_length == 2 * (args.trial_length or args.trial_episodes)
 
 
