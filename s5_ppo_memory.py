@@ -86,8 +86,8 @@ class Args:
 
     # ---- task
     env_id: str = "MemoryChain-bsuite"  # any gymnax environment with a flat Box observation and Discrete actions
-    memory_length: int = 128  # MemoryChain-bsuite: step, from 0, whose action must be the cue; see above for long ones
-    env_params: dict[str, float] = field(default_factory=dict)  # fields of EnvParams to override: NAME VALUE ...
+    memory_length: int = 128  # step, from 0, that asks for the cue; above 200 with flags of benchmarks/memory_length.py
+    env_params: dict[str, float] = field(default_factory=dict)  # numbers of its EnvParams to override: NAME VALUE ...
     truncation_is_terminal: bool = False  # a time limit is a real end: what would have come after it counts for nothing
     eval_episodes: int = 128  # greedy episodes of each seed in the evaluation at the end
 
@@ -114,7 +114,7 @@ class Args:
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
     clip_coef: float = 0.2  # epsilon of the clipped objective
     ent_coef: float = 0.0  # weight of the entropy bonus
-    anneal_ent_coef: bool = False  # lower that weight linearly to zero over the run
+    anneal_ent_coef: bool = False  # lower --ent-coef to zero over the run, by the square of what is left of it
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # global norm the gradient is clipped to
 
@@ -556,7 +556,7 @@ def make_train(args, env):
         key, device_key = jax.random.split(state.key)
         device_key = jax.random.fold_in(device_key, jax.lax.axis_index("devices"))
         act_key, *epoch_keys = jax.random.split(device_key, 1 + args.update_epochs)
-        ent_coef = args.ent_coef * ((1 - state.num_updates / args.num_updates) if args.anneal_ent_coef else 1)
+        ent_coef = args.ent_coef * ((1 - state.num_updates / args.num_updates) ** 2 if args.anneal_ent_coef else 1)
         first_carry = state.carry  # as acting left it; each pass over the rollout starts from it again
         state, (batch, episodes) = jax.lax.scan(act, state, jax.random.split(act_key, args.num_steps))
         _, _, last_value = network.apply(state.params, state.carry, state.obs[None], state.reset[None])
@@ -616,13 +616,16 @@ def evaluate(params, key, env_params, greedy, args, env):
         action = jnp.where(greedy, logits[0].argmax(-1), jax.random.categorical(action_key, logits[0]))
         env_state, timestep = env.step(env_key, env_state, action, env_params)
 
-        def stay(old, new):  # where the episode has ended, its last Timestep is what counts
+        def stay(old, new):  # where the episode has ended its last Timestep counts, whatever comes of the next one
             return jnp.where(last.done.reshape(-1, *[1] * (new.ndim - 1)), old, new)
 
         return env_state, jax.tree.map(stay, last, timestep), carry, key
 
-    start = env_state, timestep, carry, key
-    _, last, _, _ = jax.lax.while_loop(lambda state: ~state[1].done.all(), step, start)
+    def unfinished(state):
+        _, last, _, _ = state
+        return ~last.done.all()
+
+    _, last, _, _ = jax.lax.while_loop(unfinished, step, (env_state, timestep, carry, key))
     return last.episode_return, last.episode_length
 
 
@@ -750,7 +753,7 @@ def setup() -> tuple[Args, Environment]:
             try:
                 stored = json.loads(config.read_text())
                 flags_of_run = stored["args"].keys()
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"--resume {args.resume}/config.json is damaged: it cannot go on") from None
             if flags_of_run != dataclasses.asdict(args).keys():
                 raise ValueError(f"--resume {args.resume} is of another script, or version (git_commit in config.json)")
@@ -777,7 +780,9 @@ def main():
     args, env = setup()
     import orbax.checkpoint as ocp
 
-    console = Console()
+    console, signals = Console(), []
+    for number in (signal.SIGINT, signal.SIGTERM):  # they end the loop after the call in flight, and nothing is lost
+        signal.signal(number, lambda number, _: signals.append(number))
     jax.config.update("jax_default_matmul_precision", "default" if args.tf32 else "highest")
     task = f"{args.env_id}-{args.memory_length}" if args.env_id == "MemoryChain-bsuite" else args.env_id
     run_dir = args.resume or new_run_dir(args, task)
@@ -815,9 +820,6 @@ def main():
         f"of {args.num_envs} x {args.num_steps}, {args.num_seeds} seed(s), {jax.devices()[0].device_kind}"
     )
 
-    signals = []  # Ctrl-C and kill end the loop after the call or compile in flight, so that nothing is lost
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
     compile_start = time.time()
     train = jax.jit(over_seeds(train, args), donate_argnums=0).lower(state).compile()
     compile_seconds = time.time() - compile_start
@@ -863,14 +865,18 @@ def main():
         checkpoints.save(update, args=ocp.args.StandardSave(state))
     checkpoints.wait_until_finished()
     log.close()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)  # all is saved: from here on they end the program at once
     if update:
         plot_learning_curve(run_dir, args, "charts/episodic_return", chance, "chance: uniformly random actions")
-    if update < args.num_updates:
+
+    def stop(number, _):  # what is saved can be evaluated later
         how = f"python {sys.argv[0]} --resume {run_dir}"
         console.print(f"stopped after update {update}; continue with: {how}", soft_wrap=True)
-        raise SystemExit(128 + signals[0])
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    if signals:
+        stop(signals[0], None)
 
     # The memory task is also asked at lengths it was not trained on.
     lengths = [env.params.memory_length] if args.env_id == "MemoryChain-bsuite" else []

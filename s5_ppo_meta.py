@@ -39,9 +39,11 @@ Where this departs from the paper, and why:
 - Rollouts are shorter than a trial, and gradients reach no further back: the memory is carried on, but nothing trains
   it to keep what only a later rollout needs. And advantages stop where an episode ends (at a time limit with the value
   of what was left), so that nothing pays for exploring for the sake of later episodes.
-- An environment keeps its task, and only the matrices and starts are redrawn; the paper redraws the task as well.
+- An environment keeps its task, and only the matrices and starts (in suite bodies the body too) are redrawn; the paper
+  redraws the task as well.
 - The inner episode's end is a flag in the observation and no reset; only a trial's end resets the memory.
 - The agent sees its own unprojected action and the scaled reward: without them it could not identify the action matrix.
+- The rewards of a held-out task reach the agent in units of what random actions get of it, its one statistic (TASKS).
 - Tasks are gymnax's and brax's, not DMControl's, which has no JAX version among this project's dependencies.
 """
 
@@ -135,8 +137,8 @@ class Suite(NamedTuple):
     trial_episodes: int = 0
 
 
-# In bodies, gravity, masses and forces are drawn for each trial, and the held-out ones lie outside of what is drawn
-# (pendulum-heavy would not: its motion is that of a length of 1 with g 12.5 and m 0.96).
+# In bodies, gravity, mass or force of the gymnax tasks is drawn for each trial; the three changed bodies held out lie
+# outside of that (pendulum-heavy would not: its motion is that of a length of 1 with g 12.5 and m 0.96).
 SUITES = {
     "cartpole": Suite(("cartpole-positions",), (), 4, 1, trial_episodes=16),
     "classic": Suite(
@@ -185,23 +187,25 @@ class Args:
     wandb_project_name: str = "s5-in-context-rl"  # Weights & Biases project of --track
     tf32: bool = False  # let NVIDIA GPUs use TF32; acting and learning then differ by about 1e-3
 
-    # ---- tasks; None stands for the suite's own value
-    suite: Literal["cartpole", "classic", "bodies", "locomotion"] = "cartpole"  # see SUITES
-    train_tasks: tuple[str, ...] | None = None  # names of TASKS; each has an equal share of the environments
+    # ---- tasks; what is None here comes from the suite
+    suite: Literal["cartpole", "classic", "bodies", "locomotion"] = (
+        "cartpole"  # stands for the tasks, sizes and trials in SUITES
+    )
+    train_tasks: tuple[str, ...] | None = None  # names of TASKS, each with an equal share of NUM_ENVS
     held_out_tasks: tuple[str, ...] | None = None  # tasks to evaluate on only
     projected_obs_size: int | None = None  # entries of the projected observation
     projected_action_size: int | None = None  # entries of the action before its projection
-    projection: bool = True  # --no-projection: the task as it is, padded with zeros
+    projection: bool = True  # --no-projection: the task's own entries, squashed, padded with zeros
     trial_length: int | None = None  # steps of a trial; set either this or --trial-episodes
     trial_episodes: int | None = None  # episodes of a trial; set either this or --trial-length
-    reset_memory: bool = True  # --no-reset-memory carries it on into the next trial (the paper's ablation)
-    brax_backend: Literal["spring", "positional", "generalized", "mjx"] = "spring"  # the fastest; TASKS has its scores
+    reset_memory: bool = True  # --no-reset-memory carries it into the next trial, of which the agent is told
+    brax_backend: Literal["spring", "positional", "generalized", "mjx"] = "spring"  # scores are of spring
 
     # ---- evaluation
-    eval_interval: int = 0  # updates between evaluations, rounded up to log intervals; 0: at the end only
+    eval_interval: int = 0  # updates between evaluations, each made as its log interval ends; 0: at the end only
     eval_trials: int = 64  # trials of each task and kind of memory in an evaluation
     eval_trial_length: int | None = None  # their steps, or episodes, as in training; None: twice as many as there
-    eval_only: Path | None = None  # run to evaluate again, with other --eval flags or --held-out-tasks
+    eval_only: Path | None = None  # run to evaluate again; its trials and --held-out-tasks may be new
     render: str | None = None  # with --eval-only: a brax task; HTML of a trial's first and last episode
 
     # ---- sequence model
@@ -209,7 +213,7 @@ class Args:
     d_model: int = 64  # D, width of the blocks
     state_size: int = 32  # P, complex states of a block
     dt_min: float = 0.001  # smallest initial time step; the slowest states fall to 1/e in 2 / DT_MIN steps
-    dt_max: float = 2.0  # largest; the fastest states, which see differences of two steps, fall in 2 / DT_MAX
+    dt_max: float = 2.0  # largest initial time step; the fastest states, which see single steps, fall in 2 / DT_MAX
     zoh: bool = False  # scale the input by zero-order hold, as the paper does, not to unit variance
 
     # ---- actor and critic
@@ -227,10 +231,10 @@ class Args:
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
     clip_coef: float = 0.2  # epsilon of the clipped objective
     ent_coef: float = 0.005  # weight of the entropy bonus
-    anneal_ent_coef: bool = False  # lower that weight linearly to zero over the run
+    anneal_ent_coef: bool = False  # lower --ent-coef to zero over the run, by the square of what is left of it
     vf_coef: float = 0.5  # weight of the value loss
     prediction_coef: float = 1.0  # weight of predicting the change of observation and reward; 0 switches that off
-    target_kl: float = 0.04  # mean KL of an update above which steps shrink; above 2.5 times it they are skipped
+    target_kl: float = 0.04  # mean KL of an update above which steps shrink; single ones above 2.5 times it are skipped
     max_grad_norm: float = 0.5  # global norm the gradient is clipped to
 
     def __post_init__(self):
@@ -274,7 +278,7 @@ class Args:
             if name not in TASKS:
                 raise ValueError(f"--train-tasks and --held-out-tasks know no {name}: use {', '.join(TASKS)}")
             if (self.train_tasks + self.held_out_tasks).count(name) > 1:
-                raise ValueError(f"--train-tasks and --held-out-tasks (or the suite's) both name {name}: set both")
+                raise ValueError(f"--train-tasks and --held-out-tasks (or the suite's) name {name} twice: set both")
         if not self.train_tasks:
             raise ValueError("--train-tasks is empty: name one at least")
         if bool(self.trial_length) == bool(self.trial_episodes):
@@ -889,7 +893,7 @@ def make_train(args, env):
         key, device_key = jax.random.split(state.key)
         device_key = jax.random.fold_in(device_key, jax.lax.axis_index("devices"))
         act_key, pool_key, *epoch_keys = jax.random.split(device_key, 2 + args.update_epochs)
-        ent_coef = args.ent_coef * ((1 - state.num_updates / args.num_updates) if args.anneal_ent_coef else 1)
+        ent_coef = args.ent_coef * ((1 - state.num_updates / args.num_updates) ** 2 if args.anneal_ent_coef else 1)
         state = state._replace(env_state=env.redraw(pool_key, state.env_state))
         first_carry = state.carry  # as acting left it; each pass over the rollout starts from it again
         state, (batch, episodes) = jax.lax.scan(act, state, jax.random.split(act_key, args.num_steps))
@@ -929,10 +933,11 @@ def make_train(args, env):
             losses["losses/skipped"] = 1.0 - near
             updated = optax.apply_updates(params, updates), stepped
 
-            def choose(new, old):  # the optimiser's counts go on, since the step size goes by them
-                return jnp.where(near | (new.dtype == jnp.int32), new, old)
-
-            return jax.tree.map(choose, updated, (params, opt_state)), losses
+            # The optimiser's counts go on, since the step size goes by them.
+            kept = jax.tree.map(
+                lambda x, y: jnp.where(near | (x.dtype == jnp.int32), x, y), updated, (params, opt_state)
+            )
+            return kept, losses
 
         order = jnp.concatenate([jax.random.permutation(k, num_envs) for k in epoch_keys])
         order = order.reshape(args.update_epochs * args.num_minibatches, -1)  # (gradient steps, M)
@@ -1005,6 +1010,16 @@ def evaluate(params, spread, key, memory, args, env):
     start = (*env.reset(reset_key, num_envs), network.initial_carry(num_envs))
     rollouts = jax.random.split(key, -(-num_steps // args.num_steps))  # the last one is cut off
     return jax.tree.map(lambda x: jnp.concatenate(x)[:num_steps], jax.lax.scan(rollout, start, rollouts)[1])
+
+
+def reward_spread(return_var, names, args):
+    """What the rewards of the named tasks are divided by in an evaluation, (seeds, K); return_var: (seeds, tasks).
+
+    As training left it; for held-out tasks, of which training knows nothing, the spread of random actions' returns.
+    """
+    spread = {name: jnp.full(args.num_seeds, TASKS[name].spread) for name in names}
+    spread |= dict(zip(args.train_tasks, jnp.sqrt(return_var).T + 1e-3, strict=True))
+    return jnp.stack([spread[name] for name in names], axis=1)
 
 
 def episodes_of(rewards, dones, args):
@@ -1089,7 +1104,8 @@ def report(run_dir, rows, env, args, console):
                 ax.plot(x[many], mean[many], color=f"C{i}", label=f"memory {memory}")
                 ax.fill_between(x[many], (mean - width)[many], (mean + width)[many], color=f"C{i}", alpha=0.2, lw=0)
             both = zip(pick(name, MEMORIES[0], against), pick(name, MEMORIES[2], against), strict=False)
-            between = [(a["x"], a["mean"], b["mean"]) for a, b in both if a["trials"] >= 0.5 * args.eval_trials]
+            enough = 0.5 * args.eval_trials * args.num_seeds
+            between = [(a["x"], a["mean"], b["mean"]) for a, b in both if min(a["trials"], b["trials"]) >= enough]
             ax.fill_between(*zip(*between, strict=True), color="grey", alpha=0.1, lw=0, label="kept - wiped every step")
             trained = args.trial_episodes if against == "episode" else args.trial_length
             if trained:
@@ -1257,7 +1273,7 @@ def setup() -> tuple[Args, Environment, Environment]:
             try:
                 stored = json.loads(config.read_text())
                 flags_of_run = stored["args"].keys()
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"{flag} {run_dir}/config.json is damaged: it cannot go on") from None
             if flags_of_run != dataclasses.asdict(args).keys():
                 raise ValueError(f"{flag} {run_dir} is of another script, or version (git_commit in config.json)")
@@ -1292,7 +1308,9 @@ def main():
     args, env, eval_env = setup()
     import orbax.checkpoint as ocp
 
-    console = Console()
+    console, signals = Console(), []
+    for number in () if args.eval_only else (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))  # ends the loop after the call in flight
     jax.config.update("jax_default_matmul_precision", "default" if args.tf32 else "highest")
     run_dir = args.resume or args.eval_only or new_run_dir(args, args.suite)
     keys = jnp.stack([jax.random.key(args.seed + i) for i in range(args.num_seeds)])
@@ -1303,20 +1321,20 @@ def main():
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     checkpoints = ocp.CheckpointManager((run_dir / "checkpoint").absolute(), options=options)
     update = checkpoints.latest_step() or 0
-    if args.eval_only:  # no more than it needs, so that runs of an older version can be evaluated
-        part = {"params": state.params, "return_var": state.return_var}
+    if update:
+        whole = ocp.args.StandardRestore(state)
+        part = {"params": state.params, "return_var": state.return_var}  # all that an evaluation needs
         part = ocp.args.PyTreeRestore(part, ocp.checkpoint_utils.construct_restore_args(part), partial_restore=True)
-        state = state._replace(**checkpoints.restore(update, args=part))
-    elif update:
         # Where names or shapes differ, orbax tells of it in many lines, some from threads that it leaves behind.
         logging.disable()
         with contextlib.redirect_stderr(io.StringIO()):
             try:
-                state = checkpoints.restore(update, args=ocp.args.StandardRestore(state))
+                restored = checkpoints.restore(update, args=part if args.eval_only else whole)
+                state = state._replace(**restored) if args.eval_only else restored
             except (ValueError, KeyError):
                 print(
-                    f"error: --resume {run_dir} has a checkpoint that does not fit this version of the script: go on "
-                    "with the version in its config.json, git_commit",
+                    f"error: {'--eval-only' if args.eval_only else '--resume'} {run_dir} has a checkpoint that does "
+                    "not fit this version of the script: go on with the version in its config.json, git_commit",
                     file=sys.__stderr__,
                     flush=True,
                 )
@@ -1338,10 +1356,7 @@ def main():
 
     def evaluation(state, update):
         """Runs the trials of an evaluation and writes down what they show; returns the rows of evaluations.csv."""
-        # Rewards are shown as in training; those of held-out tasks in units of what random actions get.
-        spread = {name: jnp.full(args.num_seeds, TASKS[name].spread) for name in eval_env.names}
-        spread |= dict(zip(args.train_tasks, jnp.sqrt(state.return_var).T + 1e-3, strict=True))
-        spread = jnp.stack([spread[name] for name in eval_env.names], axis=1)  # (seeds, K)
+        spread = reward_spread(state.return_var, eval_env.names, args)
         outcome = eval_fn(state.params, spread, eval_keys, jnp.arange(len(MEMORIES)))
         rewards, dones, frames = jax.tree.map(np.asarray, outcome)
         if args.render:
@@ -1368,9 +1383,6 @@ def main():
         evaluation(state, update)
         return
 
-    signals = []  # Ctrl-C and kill end the loop after the call or compile in flight, so that nothing is lost
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
     compile_start = time.time()
     train = jax.jit(over_seeds(train, args), donate_argnums=0).lower(state).compile()
     compile_seconds = time.time() - compile_start
@@ -1414,14 +1426,18 @@ def main():
         checkpoints.save(update, args=ocp.args.StandardSave(state))
     checkpoints.wait_until_finished()
     log.close()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)  # all is saved: from here on they end the program at once
     if update:
         plot_learning_curve(run_dir, args, "charts/score", 0.0, "random or idle, whichever is better")
-    if update < args.num_updates:
+
+    def stop(number, _):  # what is saved can be evaluated later
         how = f"python {sys.argv[0]} --resume {run_dir}"
         console.print(f"stopped after update {update}; continue with: {how}", soft_wrap=True)
-        raise SystemExit(128 + signals[0])
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    if signals:
+        stop(signals[0], None)
     results = evaluation(state, update)
     steps = (update - first_update) * args.batch_size * args.num_seeds
     timing = {

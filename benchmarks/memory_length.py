@@ -43,7 +43,7 @@ PAPER = {
 SCRIPTS = {"S5": "s5_ppo_memory.py", "LSTM": "lstm_ppo.py", "Transformer": "transformer_ppo.py"}
 SEARCH_LENGTH, SEARCH_SEEDS = 256, 2
 # Of each seed, about; the paper has 10,000 at every length.
-EPISODES = {256: 2500, 512: 2500, 1024: 2000, 2048: 4000, 4096: 4500}  # 5,000 up to 128
+EPISODES = {256: 2500, 512: 2500, 1024: 2000, 2048: 2500, 4096: 2500}  # 5,000 up to 128
 # A lambda of 0: one action counts, and credit spread over the ones before it is noise.
 NAMES = ("gae-lambda", "learning-rate", "ent-coef")
 GRID = [dict(zip(NAMES, values, strict=True)) for values in product((0.0, 0.95), (3e-4, 1e-3), (0.01, 0.1))]
@@ -68,7 +68,10 @@ def flags(model, length, args, settings):
     """The rollout spans two episodes, so that every gradient reaches from the question back to its cue."""
     num_steps, episodes = max(128, 2 * length), args.episodes or EPISODES.get(length, 5000)
     own = {
-        "S5": {"dt-min": min(1e-3, 0.4 / length)},
+        "S5": {
+            "dt-min": min(1e-3, 0.4 / length),
+            "dt-max": min(0.1, 12.8 / length),
+        },  # 0.1 at length 128, the default's
         "LSTM": {"max-timescale": max(2000, 5 * length)},
         "Transformer": {"context-length": length + 2},
     }
@@ -109,6 +112,7 @@ def train(model, length, args, settings):
                 "episodes": int(mine[-1]["global_step"]) // (length + 1),
                 "episodes_to_return_0.5": solved[0] // (length + 1) if solved else None,
                 "seconds_all_seeds": round(evaluation["total_seconds"]),
+                "host_share": round(evaluation["host_share"], 5),  # of the loop: logging and checkpoints
                 "device": config["device"],
                 "date": date.today().isoformat(),
                 "commit": (config["git_commit"] or "")[:7],
@@ -126,7 +130,7 @@ def read(path):
 
 def write(path, rows):
     with path.open("w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0], lineterminator="\n")
+        writer = csv.DictWriter(f, max(rows, key=len), lineterminator="\n")  # columns were added over time
         writer.writeheader()
         writer.writerows(rows)
 

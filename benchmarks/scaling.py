@@ -95,10 +95,15 @@ def acting_step(script, length):
     obs, reset = jnp.ones((1, 32, 7)), jnp.zeros((1, 32), bool)
     params = network.init(jax.random.key(0), carry, obs, reset)
 
-    def act(params, carry):  # several steps in one call, as in a rollout
-        return jax.lax.fori_loop(0, 64, lambda _, c: network.apply(params, c, obs, reset)[0], carry)
+    def act(params, carry, obs):  # several steps in one call, as in a rollout
+        def step(_, state):
+            carry, obs = state
+            carry, logits, value = network.apply(params, carry, obs, reset)
+            return carry, obs + 1e-6 * (logits.mean() + value.mean())  # else the compiler would leave the heads out
 
-    return jax.jit(act), (params, carry), 64
+        return jax.lax.fori_loop(0, 64, step, (carry, obs))
+
+    return jax.jit(act), (params, carry, obs), 64
 
 
 def measure(what, length, args):
@@ -164,6 +169,7 @@ def plot(path):
 
 def main():
     args = tyro.cli(Args, description=__doc__)
+    jax.config.update("jax_default_matmul_precision", "highest")  # as the scripts do
     device = jax.devices()[0].device_kind.replace(" ", "-")
     lengths = [2**n for n in range(4, 20) if args.min_length <= 2**n <= args.max_length]
     path = Path(__file__).with_name(f"scaling_{device}.csv")

@@ -4,9 +4,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import foresight
+import memory_length
+import scaling
 
 
 def test_errors_of_prediction_go_by_the_step_of_the_episode_in_units_of_the_usual_change():
@@ -24,3 +27,35 @@ def test_errors_of_prediction_go_by_the_step_of_the_episode_in_units_of_the_usua
     np.testing.assert_allclose(later[:3], [1, 0, 0], atol=1e-4)
     assert np.isnan(first[6:]).all() and np.isnan(later[3:]).all()
     assert len(first) == len(later) == foresight.FIRST_STEPS
+
+
+@pytest.mark.parametrize("length", memory_length.LENGTHS)
+def test_every_model_gets_as_many_steps_and_a_rollout_holds_an_episode(length):
+    steps = set()
+    for model, script in (
+        ("S5", scaling.s5_ppo_memory),
+        ("LSTM", scaling.lstm_ppo),
+        ("Transformer", scaling.transformer_ppo),
+    ):
+        flags = memory_length.flags(model, length, memory_length.Args(), memory_length.SETTINGS[model])
+        args = script.Args(**{name.replace("-", "_"): value for name, value in flags.items()})
+        args.check()
+        assert args.num_steps > length and 1000 < args.total_timesteps // (length + 1) <= 10_000
+        steps.add((args.num_updates, args.batch_size))
+    assert len(steps) == 1
+
+
+@pytest.mark.parametrize("what", [scaling.layer, scaling.update, scaling.acting_step], ids=lambda what: what.__name__)
+def test_scaling_measures_the_three_models(what):
+    rows = scaling.measure(what, 64, scaling.Args(max_attention_length=32))
+    assert [row["model"] for row in rows] == ["S5", "LSTM", "Transformer"]
+    assert all(row["ms"] > 0 and row["MiB"] > 0 for row in rows[:2])
+    assert rows[2]["ms"] is None  # a cell that was not run is blank
+
+
+def test_an_acting_step_computes_the_whole_network():
+    """Nothing that an agent needs of a step may be left out by the compiler: S5's products alone are 5 MFLOP."""
+    function, inputs, _ = scaling.acting_step(scaling.s5_ppo_memory, 64)
+    weights = sum(x.size for x in scaling.jax.tree.leaves(inputs[0]) if x.ndim == 2)
+    flops = function.lower(*inputs).compile().cost_analysis()["flops"]
+    assert flops > 2 * 32 * weights

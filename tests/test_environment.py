@@ -138,3 +138,17 @@ def test_a_time_limit_that_meets_a_termination_is_no_truncation():
     assert (at_limit & fallen).any()
     np.testing.assert_array_equal(timesteps.truncated, at_limit & ~fallen)
     np.testing.assert_array_equal(timesteps.done, at_limit | fallen)
+
+
+@pytest.mark.parametrize("name", gymnax.registered_envs)
+def test_any_environment_of_gymnax_is_taken_as_it_is_or_refused(name):
+    """What the agent sees is as long as obs_size says; shapes only, since some of them take long to compile."""
+    try:
+        env = Environment(Args(env_id=name))
+    except ValueError as error:
+        assert name in str(error) and ("choose" in str(error) or "data" in str(error))
+        return
+    state, first = jax.eval_shape(lambda key: env.reset(key, env.params, N), jax.random.key(0))
+    _, timestep = jax.eval_shape(env.step, jax.random.key(0), state, jnp.zeros(N, jnp.int32), env.params)
+    assert first.obs.shape == timestep.obs.shape == timestep.final_obs.shape == (N, env.obs_size)
+    assert timestep.reward.shape == timestep.done.shape == (N,)

@@ -311,6 +311,19 @@ def test_all_tasks_show_as_many_entries():
     assert len(env.names) == 6 and first.obs.shape == (12, 12 + 2 + 3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_task_of_a_suite_fits_into_its_sizes(suite):
+    args = Args(suite=suite)
+    for name in args.train_tasks + args.held_out_tasks:
+        task = CopiesOf(name, args)
+        state, first = jax.eval_shape(lambda key, task=task: task.reset(key, 3, True), jax.random.key(0))
+        action = jnp.zeros((3, args.projected_action_size))
+        _, timestep = jax.eval_shape(lambda *x, task=task: task.step(*x, 1.0, True), jax.random.key(0), state, action)
+        size = args.projected_obs_size + args.projected_action_size + 3
+        assert first.obs.shape == timestep.obs.shape == (3, size)
+
+
 # ---- the tasks themselves
 def unprojected(name, raw_step, num_envs=N, num_steps=T):
     """Plays a task without projection, and steps the raw one beside it from the same states with the same actions."""
@@ -342,6 +355,7 @@ GYMNAX = {  # the action that the task should get for an action in [-1, 1], and 
     "short-heavy": (lambda a: 2 * a[:1], [0, 1, 2]),
     "point-robot": (lambda a: 0.1 * a, [0, 1, 2, 3, 4, 5]),
     "mountain-car": (lambda a: a[:1], [0, 1]),
+    "gymnax-reacher": (lambda a: a, list(range(8))),
 }
 
 

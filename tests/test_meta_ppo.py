@@ -26,6 +26,7 @@ from s5_ppo_meta import (
     gaussian,
     make_train,
     ppo_loss,
+    reward_spread,
 )
 
 N, O, A, T, LIMITS, TRIAL = 4, 5, 2, 13, (12, 5), 9
@@ -138,6 +139,22 @@ def test_before_a_gradient_step_the_learner_computes_what_the_actor_did(rollouts
     batch, no_carry = second.batch, jax.tree.map(np.zeros_like, second.carry)
     _, _, value, _ = apply(rollouts[0].before.params, no_carry, batch.obs, batch.reset, batch.action)
     assert np.abs(value - batch.value).max() > 1e-2
+
+
+def test_the_deviation_is_an_output_of_the_network_within_its_bounds(rollouts, apply):
+    r = rollouts[1]
+    batch = r.epochs[0].batch
+    _, (mean, log_std), _, _ = apply(r.before.params, r.epochs[0].carry, batch.obs, batch.reset, batch.action)
+    assert (log_std.std((0, 1)) > 0.01).all()  # it depends on what is seen and remembered
+    assert (np.log(0.1) <= log_std).all() and (log_std <= np.log(2) + 1e-6).all() and (np.abs(mean) <= 3).all()
+
+
+def test_held_out_rewards_are_shown_in_units_of_random_returns_and_others_as_training_left_them():
+    args = Args(**TINY, num_seeds=2)
+    names = ("mountain-car", *reversed(TINY["train_tasks"]))
+    spread = reward_spread(jnp.array([[1.0, 4.0], [9.0, 16.0]]), names, args)
+    held_out = TASKS["mountain-car"].spread
+    np.testing.assert_allclose(spread, [[held_out, 2.001, 1.001], [held_out, 4.001, 3.001]], rtol=1e-6)
 
 
 def test_rollouts_go_on_where_the_last_one_stopped(rollouts):
@@ -370,7 +387,7 @@ def test_the_entropy_bonus_falls_from_its_weight_to_zero(monkeypatch):
     for _ in range(4):
         state, _ = train(state)
     jax.effects_barrier()
-    assert seen == pytest.approx([0.5, 0.375, 0.25, 0.125])
+    assert seen == pytest.approx([0.5, 0.28125, 0.125, 0.03125])
 
 
 @pytest.mark.parametrize(("target_kl", "steps", "scales"), [(1e-6, 1, (1, 1 / 1.5, 1 / 1.5**2)), (1e6, 4, (1, 1, 1))])

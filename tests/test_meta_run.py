@@ -82,7 +82,14 @@ def test_a_run_leaves_its_flags_numbers_plots_and_parameters(uninterrupted):
     evaluation = json.loads((path / "eval.json").read_text())
     assert evaluation["steps_per_second"] > 0
     assert {row["task"] for row in evaluation["results"]} == {"cartpole-positions", "mountain-car"}
-    assert "cartpole-positions" in out and "mountain-car (held out)" in out
+    assert "cartpole-positions" in out and "mountain-car (held out)" in out and "kept - wiped" in out
+    (difference,) = (
+        f"{float(row['mean']):.2f} ± {float(row['interval']):.2f}"
+        for row in rows(path, "evaluations.csv")
+        if (row["update"], row["task"], row["memory"], row["against"])
+        == (str(2 * CALLS), "cartpole-positions", "wiped every step", "kept minus this")
+    )
+    assert difference in out  # what was learned in context is printed
 
 
 def test_evaluations_are_of_all_tasks_and_kinds_of_memory(uninterrupted):

@@ -239,6 +239,42 @@ def test_metrics_are_means_over_the_episodes_that_ended_and_not_a_number_where_n
     assert all(np.isfinite(x).all() for x in metrics.values())
 
 
+def test_the_gradient_is_clipped_to_its_global_norm_before_adam_sees_it():
+    limit = 1e-3
+    args = Args(**TINY | {"update_epochs": 1, "num_minibatches": 1}, num_layers=1, num_steps=8, max_grad_norm=limit)
+    init, train = make_train(args, Environment(args))
+    state, metrics = jax.jit(train)(jax.jit(init)(jax.random.key(0)))
+    (adam,) = (x for x in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x, "mu"))
+    assert metrics["losses/grad_norm"] > 10 * limit  # as logged, before it is clipped
+    assert float(optax.tree.norm(adam.mu)) == pytest.approx(0.1 * limit, rel=1e-4)  # Adam's first mean
+
+
+# ---- evaluation
+@pytest.mark.parametrize("greedy", [True, False])
+def test_an_evaluation_counts_the_first_episode_of_each_environment_and_no_other(greedy):
+    """CartPole's episodes end at different steps; a loop by hand goes on until the last of them has ended."""
+    args = Args(**TINY, num_layers=1, env_id="CartPole-v1", eval_episodes=6)
+    env, network, key = Environment(args), ActorCritic(args, 2), jax.random.key(3)
+    carry = ppo.SequenceModel(args).initial_carry(6)
+    params = network.init(jax.random.key(0), carry, jnp.zeros((1, 6, env.obs_size)), jnp.zeros((1, 6), bool))
+    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    returns, lengths = ppo.evaluate(params, key, env.params, greedy, args, env)
+
+    key, env_key = jax.random.split(key)
+    state, timestep = env.reset(env_key, env.params, 6)
+    step, apply, expected = jax.jit(env.step), jax.jit(network.apply), {}
+    while len(expected) < 6:
+        key, action_key, env_key = jax.random.split(key, 3)
+        carry, logits, _ = apply(params, carry, timestep.obs[None], timestep.reset[None])
+        action = logits[0].argmax(-1) if greedy else jax.random.categorical(action_key, logits[0])
+        state, timestep = step(env_key, state, action, env.params)
+        for i in np.flatnonzero(timestep.done):
+            expected.setdefault(i, float(timestep.episode_length[i]))
+    assert len(set(expected.values())) > 1
+    np.testing.assert_array_equal(lengths, [expected[i] for i in range(6)])
+    np.testing.assert_array_equal(returns, lengths)  # a reward of 1 each step
+
+
 # ---- several devices
 TWO_DEVICES = """
 import jax, numpy as np
@@ -268,7 +304,7 @@ def test_two_devices_share_the_environments_and_keep_the_same_parameters():
 
 
 def test_the_entropy_bonus_falls_to_zero_over_the_run(monkeypatch):
-    """After k of K updates its weight is 1 - k / K of the first one."""
+    """After k of K updates its weight is (1 - k / K)^2 of the first one."""
     seen = []
 
     def spy(params, network, carry, batch, advantage, target, ent_coef, args):
@@ -283,4 +319,4 @@ def test_the_entropy_bonus_falls_to_zero_over_the_run(monkeypatch):
     for _ in range(args.num_updates):
         state, _ = train(state)
     jax.effects_barrier()
-    np.testing.assert_allclose(seen, [0.5, 0.375, 0.25, 0.125])
+    np.testing.assert_allclose(seen, [0.5, 0.28125, 0.125, 0.03125])

@@ -64,17 +64,22 @@ def test_definitions_of_one_name_are_the_same_text(one, other):
     ours, theirs = definitions(one), definitions(other)
     differ = {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
     intended = TASK if "s5_ppo_meta" in (one.stem, other.stem) else MODEL
+    if {one.stem, other.stem} == {"s5_ppo_memory", "s5_ppo_meta"}:  # the same model
+        intended = {name: why for name, why in intended.items() if name != "SequenceModel"}
     assert differ <= intended.keys(), f"{one.name} and {other.name} have drifted apart"
 
 
 @pytest.mark.parametrize("other", ["lstm_ppo", "transformer_ppo"])
 def test_flags_differ_in_the_sequence_model_only(other):
-    def flags(name):
-        source = definitions(ROOT / f"{name}.py")["Args"].split("    @property")[0]
-        before, rest = source.split("    # ---- sequence model")
+    def args(name):
+        before, rest = definitions(ROOT / f"{name}.py")["Args"].split("    # ---- sequence model")
         return before, rest.split("    # ---- actor and critic")[1]
 
-    assert flags(other) == flags("s5_ppo_memory")
+    ours, theirs = args("s5_ppo_memory"), args(other)
+    assert theirs[0] == ours[0] and theirs[1].split("    @property")[0] == ours[1].split("    @property")[0]
+    # Behind the flags come what is derived and refused: nothing that S5 refuses is let through, but what --dt-min is.
+    missing = [line for line in ours[1].splitlines() if line not in theirs[1].splitlines()]
+    assert all("dt_m" in line for line in missing)
 
 
 def test_no_definition_is_listed_as_different_that_is_not():
@@ -95,7 +100,7 @@ def test_every_flag_has_help_and_is_read(name):
     (args,) = (n for n in TREES[name].body if isinstance(n, ast.ClassDef) and n.name == "Args")
     flags = [n.target.id for n in args.body if isinstance(n, ast.AnnAssign)]
     text = definitions(ROOT / f"{name}.py")["Args"]  # tyro shows the comment behind a flag as its help
-    assert [flag for flag in flags if not re.search(rf"(?m)^    {flag}: .+  # \w.{{8,}}", text)] == []
+    assert [flag for flag in flags if not re.search(rf"(?m)^    {flag}: .+  # [\w-].{{8,}}", text)] == []
 
     args.body = [n for n in args.body if getattr(n, "name", None) != "check"]  # to refuse a value is not to use it
     read = {n.attr for n in ast.walk(TREES[name]) if isinstance(n, ast.Attribute)}

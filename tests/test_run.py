@@ -4,11 +4,14 @@ import csv
 import dataclasses
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +23,7 @@ import pytest
 import lstm_ppo
 import s5_ppo_memory
 import transformer_ppo
-from s5_ppo_memory import Args, Environment, make_train, over_seeds, setup
+from s5_ppo_memory import Args, setup
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = """--memory-length 3 --num-envs 4 --num-steps 8 --num-minibatches 2 --d-model 8 --num-layers 1
@@ -222,6 +225,11 @@ BAD = {
     "no dt": ("--dt-min 0", "--dt-min"),
     "no number": ("--learning-rate nan", "--learning-rate"),
     "endless": ("--learning-rate inf", "--learning-rate"),
+    "more devices than there are": ("--num-devices 99", "--num-devices"),
+    "no Weights & Biases": ("--track", "--track", "pip install wandb"),
+    "a field with its own flag": ("--env-params memory_length 3", "--memory-length"),
+    "no data": ("--env-id MNISTBandit-bsuite", "--env-id", "data"),
+    "a run without a checkpoint": ("--resume .", "--resume"),
     "beyond 32 bits": ("--memory-length 3000000000", "--memory-length", "below 2147483648"),
 }
 
@@ -243,7 +251,7 @@ def test_bad_input_is_refused_in_one_line_that_names_the_flag(monkeypatch, capsy
     assert_refused(refusal.value.code, capsys.readouterr().err, *named)
 
 
-@pytest.mark.parametrize("text", ["{", "{}"])
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"args": []}'])
 def test_a_damaged_run_is_refused(monkeypatch, capsys, tmp_path, text):
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "config.json").write_text(text)
@@ -262,22 +270,80 @@ def test_a_run_of_another_script_is_refused(monkeypatch, capsys, tmp_path):
     assert_refused(refusal.value.code, capsys.readouterr().err, "another script")
 
 
-@pytest.mark.parametrize("name", ["minibatches of broken environments", "continuous actions"])
-def test_a_refused_run_leaves_nothing(tmp_path, name):
+@pytest.mark.parametrize("name", ["minibatches of broken environments", "unknown environment", "continuous actions"])
+def test_a_refused_run_leaves_nothing_and_takes_no_time(tmp_path, name):
     flags, *named = BAD[name]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     code, out, err = finish(start(tmp_path, flags))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert_refused(code, err, *named)
     assert not out and not list(tmp_path.iterdir())
+    assert after.ru_utime - before.ru_utime < 10  # five seconds of an idle machine; compiling takes longer than this
+
+
+@pytest.mark.parametrize("script", ["s5_ppo_memory", "lstm_ppo", "transformer_ppo", "s5_ppo_meta"])
+def test_help_tells_what_every_flag_is_for(script):
+    source = (ROOT / f"{script}.py").read_text()
+    flags = re.findall(
+        r"(?m)^    (\w+): [^#\n]+  # (.+)$", source[source.index("class Args") : source.index("# ==== Envir")]
+    )
+    code, out, err = finish(start(ROOT, "--help", f"{script}.py"))
+    page = " ".join(re.sub("[╭╮╰╯│─]", " ", out).split())
+    assert code == 0 and len(flags) > 25, err
+    for flag, text in flags:
+        assert f"--{flag.replace('_', '-')}" in page and text in page, flag
+
+
+def test_a_copy_of_the_one_file_runs_anywhere(tmp_path):
+    shutil.copy(ROOT / "s5_ppo_memory.py", tmp_path / "copy.py")
+    code, _, err = finish(start(tmp_path, f"{TINY} --total-timesteps 64", tmp_path / "copy.py"))
+    assert code == 0, err
+    assert json.loads((run_dir(tmp_path) / "config.json").read_text())["git_commit"] is None
+
+
+def test_another_task_with_two_seeds_stops_and_goes_on(tmp_path):
+    """CartPole's episodes end at different steps, so that its curve has an interval and its evaluation returns."""
+    flags = "--env-id CartPole-v1 --num-seeds 2 --num-envs 4 --num-steps 32 --num-minibatches 2 --log-interval 2"
+    flags += " --num-layers 1 --d-model 8 --state-size 4 --encoder-size 8 --head-size 8 --eval-episodes 8"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for cwd, total in ((whole, 1024), (parts, 512)):
+        cwd.mkdir()
+        code, out, err = finish(start(cwd, f"{flags} --total-timesteps {total}"))
+        assert code == 0 and "mean return" in out, err
+    code, _, err = finish(start(parts, f"--resume {run_dir(parts)} --total-timesteps 1024"))
+    assert code == 0, err
+    assert results(run_dir(parts)) == results(run_dir(whole))
+    _, evaluation, chance = results(run_dir(whole))
+    assert [result["seed"] for result in evaluation] == [0, 1] and 8 < chance < 60
+    assert all(result["mean_return"] == result["mean_length"] > 5 for result in evaluation)
+    assert not any("success_rate" in result for result in evaluation)
+
+
+def test_metrics_go_to_tensorboard_and_to_weights_and_biases_under_the_same_names(monkeypatch, tmp_path):
+    sent, written = [], []
+    wandb = types.SimpleNamespace(log=sent.append, finish=lambda: sent.append("finished"))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: wandb))
+    monkeypatch.setattr("tensorboardX.SummaryWriter.add_scalar", lambda _, *scalar: written.append(scalar))
+    (tmp_path / "config.json").write_text("{}")
+    log = s5_ppo_memory.MetricsLog(tmp_path, Args(track=True, num_envs=4, num_steps=8), 0)
+    metrics = {"charts/episodic_return": np.array([0.5]), "charts/episodic_length": np.array([np.nan])}
+    log.write(10, metrics, 1000.0)
+    log.close()
+    step = 10 * 4 * 8
+    names = {"charts/episodic_return": 0.5, "charts/learning_rate": 1e-3, "charts/SPS": 1000}
+    assert {name: value for name, value, _ in written} == pytest.approx(names) and {s for *_, s in written} == {step}
+    assert sent == [pytest.approx(names | {"global_step": step}), "finished"]
 
 
 # ---- several seeds
-def test_seeds_side_by_side_give_what_they_give_alone():
-    args = Args(num_seeds=3, memory_length=3, num_envs=4, num_steps=8, num_minibatches=2, log_interval=3)
-    args = dataclasses.replace(args, num_layers=1, d_model=8, state_size=4, encoder_size=8, head_size=8)
+@pytest.mark.parametrize("script", [s5_ppo_memory, lstm_ppo, transformer_ppo], ids=lambda script: script.__name__)
+def test_seeds_side_by_side_give_what_they_give_alone(script):
+    args = script.Args(num_seeds=3, memory_length=3, num_envs=4, num_steps=8, num_minibatches=2, log_interval=3)
+    args = dataclasses.replace(args, num_layers=1, d_model=8, encoder_size=8, head_size=8)
 
     def first_call(args):
-        init, train = make_train(args, Environment(args))
-        init, train = jax.jit(partial(jax.lax.map, init)), jax.jit(over_seeds(train, args))
+        init, train = script.make_train(args, script.Environment(args))
+        init, train = jax.jit(partial(jax.lax.map, init)), jax.jit(script.over_seeds(train, args))
 
         def run(seeds):
             state, metrics = train(init(jnp.stack([jax.random.key(seed) for seed in seeds])))

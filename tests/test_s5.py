@@ -60,7 +60,7 @@ def three_element_scan(a_bar, bu, reset, state):
 
 @st.composite
 def scan_problems(draw):
-    t, n = draw(st.sampled_from((1, 2, 5, 40))), 2
+    t, n = draw(st.sampled_from((1, 2, 5, 40))), draw(st.sampled_from((1, 2, 3)))
     patterns = (np.zeros((t, n), bool), np.ones((t, n), bool), np.arange(t)[:, None] == np.zeros(n))
     reset = draw(st.one_of(*map(st.just, patterns), arrays(bool, (t, n))))
     return *scan_inputs(draw(draw_seeds), t, n, p=2), reset
@@ -147,6 +147,50 @@ def test_zero_order_hold_is_the_matrix_exponential():
     augmented = scipy.linalg.expm(np.vstack([augmented, np.zeros((2, 5))]))
     np.testing.assert_allclose(a_bar, np.diag(augmented)[:3], atol=1e-6)
     np.testing.assert_allclose(b_bar, augmented[:3, 3:], atol=1e-6)
+
+
+@pytest.mark.parametrize("zoh", [False, True])
+def test_the_output_is_twice_the_real_part_of_c_x_plus_d_u(zoh):
+    """Against the recurrence in float64 with the layer's own Λ, B, C, D and Δ."""
+    args = Args(d_model=3, state_size=4, dt_min=0.05, dt_max=0.5, zoh=zoh)
+    module, (t, n, D), P = S5(args), (7, 2, 3), 4
+    rng = np.random.default_rng(0)
+    u, state, reset = rng.normal(size=(t, n, D)), complex_normal(rng, n, P), rng.random((t, n)) < 0.3
+    inputs = jnp.asarray(state, jnp.complex64), jnp.asarray(u, jnp.float32), reset
+    params = module.init(jax.random.key(0), *inputs)
+    p = {name: np.asarray(value, float) for name, value in params["params"].items()}
+    B, C = p["B"][:, :P].T + 1j * p["B"][:, P:].T, p["C"][:P].T - 1j * p["C"][P:].T  # (P, D), (D, P)
+    lam, dt = -np.exp(p["log_decay"]) + 1j * p["frequency"], np.exp(p["log_dt"])
+    a_bar = np.exp(lam * dt)
+    scale = (a_bar - 1) / lam if zoh else np.sqrt(1 - np.abs(a_bar) ** 2)
+    x = loop(a_bar, u @ (scale[:, None] * B).T, reset, state)
+    last, y = module.apply(params, *inputs)
+    np.testing.assert_allclose(y, 2 * (x @ C.T).real + p["D"] * u, atol=1e-5)
+    np.testing.assert_allclose(last, x[-1], atol=1e-5)
+
+
+def test_the_layer_starts_at_hippo_with_time_steps_spread_over_their_range_by_logarithm():
+    P, low, high = 256, 0.001, 0.1
+    _, params, _, _ = layer(Args(d_model=2, state_size=P, dt_min=low, dt_max=high))
+    p, (hippo, vectors) = params["params"], hippo_normal(P)
+    np.testing.assert_allclose(-np.exp(p["log_decay"]) + 1j * p["frequency"], hippo, rtol=1e-5)
+    dt = np.exp(p["log_dt"])
+    assert low <= dt.min() < 1.1 * low and 0.9 * high < dt.max() <= high
+    np.testing.assert_allclose(np.quantile(np.log(dt), (0.25, 0.5, 0.75)), np.log([0.00316, 0.01, 0.0316]), atol=0.3)
+    # B is real in the basis in which HiPPO is dense: V B has no imaginary part but for the missing conjugates' half.
+    b = p["B"][:, :P].T + 1j * p["B"][:, P:].T
+    np.testing.assert_allclose(vectors.conj().T @ (2 * (vectors @ b).real), b, atol=1e-3)
+
+
+@pytest.mark.parametrize(("device", "steps"), [("cpu", True), ("gpu", False)])
+def test_the_device_picks_how_to_scan_and_both_ways_give_the_same(monkeypatch, device, steps):
+    args, rng = Args(d_model=4, state_size=4), np.random.default_rng(0)
+    inputs = jnp.zeros((2, 4), jnp.complex64), rng.normal(size=(9, 2, 4)).astype(np.float32), rng.random((9, 2)) < 0.3
+    params = S5(args).init(jax.random.key(0), *inputs)
+    expected = S5(args).apply(params, *inputs)
+    monkeypatch.setattr(jax, "default_backend", lambda: device)
+    assert ("scan[" in str(jax.make_jaxpr(S5(args).apply)(params, *inputs))) == steps
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), S5(args).apply(params, *inputs), expected)
 
 
 def test_white_noise_gives_the_states_unit_variance():
