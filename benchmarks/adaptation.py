@@ -1,16 +1,16 @@
 """Learning in context with three seeds, beside a network without memory: the tables and figures of the README.
 
     python benchmarks/adaptation.py                             # suite cartpole, half an hour on one core
-    python benchmarks/adaptation.py --suite classic             # four to five hours on one core; bodies takes the same
+    python benchmarks/adaptation.py --suite classic             # three and a half hours on one core; bodies as well
     python benchmarks/adaptation.py --suite locomotion          # for a GPU: ten minutes a run on an H100
     python benchmarks/adaptation.py --suite classic --runs runs/A runs/B    # finished runs, in place of training
     python benchmarks/adaptation.py --suite classic --runs runs/A runs/B --held-out-tasks cartpole-long pendulum-heavy
 
 Trains s5_ppo_meta.py with FLAGS and seeds 0, 1 and 2, and with --num-layers 0 and seed 0, in runs/, where no other run
 may be started meanwhile. Writes, beside this file, adaptation_runs.csv, a row a run; SUITE_adaptation.csv, the
-adaptation.csv of all runs; and SUITE_adaptation.png; and prints the README's table. Scores: 0 is the better of random
-actions and none, 1 a specialist. With --held-out-tasks copies of the runs are evaluated on these instead of the suite's
-own, and SUITE_held_out.{csv,png} are written.
+adaptation.csv of all runs; SUITE_adaptation.png, curves by episode; SUITE_scores.png, of several tasks; and prints the
+tables of META_LOG.md. Scores: 0 is the better of random actions and none, 1 a specialist. With --held-out-tasks copies
+of the runs are evaluated on these instead of the suite's own, and SUITE_held_out.{csv,png} are written.
 """
 
 import csv
@@ -45,6 +45,7 @@ FLAGS = {
 }
 RUNS = [["--seed", "0"], ["--seed", "1"], ["--seed", "2"], ["--seed", "0", "--num-layers", "0"]]
 MEMORIES = ("memory kept", "wiped every episode", "wiped every step", "trained without")
+LOWEST = -0.6  # score at which the figures end
 
 
 @dataclass
@@ -160,8 +161,32 @@ def plot(rows, tasks, held_out, path):
                 ax.plot(many, mean[:, many].T, color=color, alpha=0.35, linewidth=0.8)
                 ax.plot(many, mean[:, many].mean(0), color=color, label=memory)
         ax.set(xlabel="episode of the trial", ylabel="score", title=task + (" (held out)" if task in held_out else ""))
-        ax.set_ylim(-0.6, 1.1)  # what is worse is cut off
+        ax.set_ylim(LOWEST, 1.1)  # what is worse is cut off
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="x-small")
+    fig.savefig(path, dpi=150)
+
+
+def plot_scores(rows, tasks, held_out, path):
+    """Score over the second half of a trial: a row a task, a dot a seed, a colour a kind of memory."""
+    tasks = sorted(tasks, key=lambda task: task in held_out)
+    fig, ax = plt.subplots(figsize=(7, 0.34 * len(tasks) + 1.2), layout="constrained")
+    for memory, color, shift in zip(MEMORIES, ("C0", "C1", "C2", "grey"), (-0.24, -0.08, 0.08, 0.24), strict=True):
+        for place, task in enumerate(tasks):
+            score = pick(rows, task, memory, "second half", "mean").ravel()
+            shown = np.maximum(score, LOWEST)
+            label = memory if place == 0 else None
+            ax.plot(shown, np.full(len(score), place + shift), "o", color=color, markersize=4, alpha=0.8, label=label)
+            below = shown[score < LOWEST]  # a triangle where a dot lies further left
+            ax.plot(below, np.full(len(below), place + shift), "<", color=color, markersize=7)
+    border = sum(task not in held_out for task in tasks) - 0.5
+    ax.axhline(border, color="black", linewidth=0.8)
+    ax.text(LOWEST + 0.02, border + 0.1, "held out:", va="top", fontsize="x-small")
+    for score in (0, 1):
+        ax.axvline(score, color="grey", linestyle=":", linewidth=1)
+    ax.set_yticks(range(len(tasks)), tasks)
+    ax.invert_yaxis()
+    ax.set(xlim=(LOWEST - 0.05, 1.1), xlabel="score: 0 random actions or none, 1 a specialist")
+    fig.legend(loc="outside lower center", ncols=4, fontsize="x-small")
     fig.savefig(path, dpi=150)
 
 
@@ -181,6 +206,8 @@ def main():
     write(HERE / f"{name}.csv", rows)
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     plot(rows, tasks, held_out, HERE / f"{name}.png")
+    if len(tasks) > 1:
+        plot_scores(rows, tasks, held_out, HERE / f"{name.replace('adaptation', 'scores')}.png")
     print_table(rows, tasks, held_out)
 
 

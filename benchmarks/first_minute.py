@@ -33,21 +33,17 @@ def main():
             evaluation = json.loads((run_dir / "eval.json").read_text())
             config = json.loads((run_dir / "config.json").read_text())
         trained = config["args"]["memory_length"]
-        (result,) = (r for r in evaluation["results"] if r["memory_length"] == trained)
-        row = {
-            "date": date.today().isoformat(),
-            "script": script,
-            "flags": " ".join(flags),
-            "memory_length": trained,
-            "seed": seed,
-        }
-        row |= {"success_rate": result["success_rate"], "seconds": round(seconds, 1)}
+        success = {r["memory_length"]: r["success_rate"] for r in evaluation["results"]}
+        row = {"date": date.today().isoformat(), "commit": (config["git_commit"] or "")[:7], "script": script}
+        row |= {"flags": " ".join(flags), "memory_length": trained, "seed": seed, "success_rate": success[trained]}
+        row |= {"at_half": success[trained // 2], "at_double": success[2 * trained], "at_4_times": success[4 * trained]}
+        row |= {"seconds": round(seconds, 1)}
         row |= {"compile_seconds": round(evaluation["compile_seconds"], 1)}
         row |= {"steps_per_second": round(evaluation["steps_per_second"])}
         row |= {"host_share": round(evaluation["host_share"], 4), "device": config["device"]}
         print(row, flush=True)
         with (HERE / "first_minute.csv").open("a", newline="") as f:
-            writer = csv.DictWriter(f, row)
+            writer = csv.DictWriter(f, row, lineterminator="\n")
             if f.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)

@@ -108,9 +108,8 @@ def plot(rows, held_out, path):
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     columns = min(len(tasks), 5)
     height = -(-len(tasks) // columns)
-    fig, axes = plt.subplots(
-        height, columns, figsize=(3 * columns + 1, 2.8 * height), layout="constrained", squeeze=False
-    )
+    size = max(3 * columns + 1, 6.5), max(2.8 * height, 3.4)  # the legend has to fit below a single task too
+    fig, axes = plt.subplots(height, columns, figsize=size, layout="constrained", squeeze=False)
     for ax in axes.flat[len(tasks) :]:
         ax.set_axis_off()
     lines = (  # layers, which episodes, what, label, color

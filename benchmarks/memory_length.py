@@ -68,10 +68,7 @@ def flags(model, length, args, settings):
     """The rollout spans two episodes, so that every gradient reaches from the question back to its cue."""
     num_steps, episodes = max(128, 2 * length), args.episodes or EPISODES.get(length, 5000)
     own = {
-        "S5": {
-            "dt-min": min(1e-3, 0.4 / length),
-            "dt-max": min(0.1, 12.8 / length),
-        },  # 0.1 at length 128, the default's
+        "S5": {"dt-min": min(1e-3, 0.4 / length), "dt-max": min(0.1, 12.8 / length)},
         "LSTM": {"max-timescale": max(2000, 5 * length)},
         "Transformer": {"context-length": length + 2},
     }
@@ -157,21 +154,23 @@ def main():
     table = read(path)
 
     fig, ax = plt.subplots(figsize=(7, 4.8), layout="constrained")
-    for (name, curve), color in zip(PAPER.items(), ("C0", "C1", "C2"), strict=True):
-        ax.plot(curve.keys(), curve.values(), "o--", color=color, alpha=0.5, markersize=3, label=f"paper: {name}")
-    # Many lines and points coincide: so widths differ, and points stand a little aside of their length.
-    looks = (("C3", 5, 0.94), ("C4", 3, 1.0), ("C5", 1, 1.06))
-    for (name, script), (color, width, aside) in zip(SCRIPTS.items(), looks, strict=True):
-        points = [(int(row["length"]), float(row["greedy_return"])) for row in table if row["model"] == name]
-        if points:
-            lengths, returns = np.array(points).T
-            ax.plot(lengths * aside, returns, ".", color=color, markersize=5)
-            medians = {length: np.median(returns[lengths == length]) for length in np.unique(lengths)}
-            label = f"{script}: median and each seed"
-            ax.plot(medians.keys(), medians.values(), color=color, linewidth=width, label=label)
+    # Many lines and points coincide: so widths differ, and the five points of a cell stand a little apart.
+    looks = (("C0", 5, 0.94), ("C1", 3, 1.0), ("C2", 1.5, 1.06))
+    for (name, script), paper, (color, width, aside) in zip(SCRIPTS.items(), PAPER.items(), looks, strict=True):
+        rows = [row for row in table if row["model"] == name]
+        lengths, seeds, returns = np.array(
+            [[float(row[x]) for x in ("length", "seed", "greedy_return")] for row in rows]
+        ).T
+        ax.plot(lengths * aside * 1.015 ** (seeds - 2), returns, ".", color=color, markersize=4)
+        medians = {length: np.median(returns[lengths == length]) for length in np.unique(lengths)}
+        ax.plot(
+            medians.keys(), medians.values(), color=color, linewidth=width, alpha=0.7, label=f"{script}: median, seeds"
+        )
+        ax.plot(*zip(*paper[1].items(), strict=True), "o--", color=color, markersize=3, label=f"paper: {paper[0]}")
     ax.axhline(0, color="grey", linewidth=1, linestyle=":", label="chance")
     ax.set_xscale("log", base=2)
-    ax.set(xlabel="memory length", ylabel="return, -1 to 1", title="bsuite memory length")
+    ax.set_xticks(LENGTHS, LENGTHS)
+    ax.set(xlabel="memory length, steps", ylabel="return, -1 to 1", title="bsuite memory length")
     fig.legend(loc="outside lower center", ncols=2, fontsize=8)
     fig.savefig(HERE / "memory_length.png", dpi=150)
 

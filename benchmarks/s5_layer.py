@@ -8,8 +8,10 @@ Width 64, 32 complex states, 16 sequences. Prints a table and writes s5_layer_<d
 """
 
 import csv
+import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
 import jax
@@ -75,6 +77,7 @@ def compile_layer(scan, length):
 
 def main():
     device = jax.devices()[0].device_kind.replace(" ", "-")
+    commit = subprocess.getoutput("git rev-parse --short HEAD")
     rows = []
     for length in LENGTHS:
         layers = {name: compile_layer(scan, length) for name, scan in SCANS.items()}
@@ -88,6 +91,7 @@ def main():
         for name, (compiled, _) in layers.items():
             memory = compiled.memory_analysis().temp_size_in_bytes
             rows.append({"length": length, "scan": name, "ms": 1e3 * np.median(seconds[name]), "MiB": memory / 2**20})
+            rows[-1] |= {"date": date.today().isoformat(), "commit": commit}
         ms = {row["scan"]: row["ms"] for row in rows[-3:]}
         ours = ms["step by step" if jax.default_backend() == "cpu" else "associative"]
         print(
@@ -108,8 +112,9 @@ def main():
             slope = np.polyfit(np.log(x[x >= 1024]), np.log(y[x >= 1024]), 1)[0]
             print(f"{name}: {unit} grows as T^{slope:.2f} from T = 1,024 on")
             ax.loglog(x, y, marker="o", label=f"{name} (slope {slope:.2f})")
-            ax.set(xlabel="sequence length T", ylabel=unit, title=f"one S5 layer, forward and backward, {device}")
-    axes[0].legend()
+            ax.set(xlabel="sequence length T", ylabel=unit)
+            ax.legend(fontsize="x-small")
+    fig.suptitle(f"one S5 layer, forward and backward, {device}")
     fig.savefig(path.with_suffix(".png"), dpi=150)
 
 

@@ -15,9 +15,11 @@ this file; a cell is blank where it was not run: attention above --max-attention
 """
 
 import csv
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -131,6 +133,7 @@ def measure(what, length, args):
         if name in compiled:
             memory = compiled[name][0].memory_analysis().temp_size_in_bytes
             row |= {"ms": round(1e3 * float(np.median(seconds[name])), 4), "MiB": round(memory / 2**20, 3)}
+        row |= {"date": date.today().isoformat(), "commit": subprocess.getoutput("git rev-parse --short HEAD")}
         rows.append(row)
     print(rows[0]["what"], length, {row["model"]: (row["ms"], row["MiB"]) for row in rows}, flush=True)
     return rows
@@ -156,8 +159,8 @@ def plot(path):
             x, y = np.array([r["length"] for r in mine]), np.array([r[unit] for r in mine])
             label = name
             if (x >= 1024).sum() > 1:
-                slope = np.polyfit(np.log(x[x >= 1024]), np.log(y[x >= 1024]), 1)[0]
-                print(f"{device}, {what}, {name}: {unit} grows as T^{slope:.2f}")
+                slope, overall = (np.polyfit(*np.log((x[x >= n], y[x >= n])), 1)[0] for n in (1024, 0))
+                print(f"{device}, {what}, {name}: {unit} grows as T^{slope:.2f} from 1,024 on, T^{overall:.2f} overall")
                 label += f" (slope {slope:.2f})"
             ax.loglog(x, y, marker="o", markersize=3, label=label)
         context = "context length" if what == "acting step" else "sequence length"
@@ -180,7 +183,7 @@ def main():
         for length in lengths:
             rows += measure(parts[part], length, args)
             with path.open("w", newline="") as f:
-                table = csv.DictWriter(f, rows[0], lineterminator="\n")
+                table = csv.DictWriter(f, max(rows, key=len), lineterminator="\n")
                 table.writeheader()
                 table.writerows(rows)
     for path in Path(__file__).parent.glob("scaling_*.csv"):

@@ -8,6 +8,7 @@ process, so that both see the same machine. Appends a row to speed.csv beside th
 """
 
 import csv
+import subprocess
 import sys
 import time
 from datetime import date
@@ -57,6 +58,7 @@ def main():
     ceiling = PRODUCTS * 2 * 2048 * 128 * 128 / np.median(product_seconds)
     row = {
         "date": date.today().isoformat(),
+        "commit": subprocess.getoutput("git rev-parse --short HEAD"),
         "device": jax.devices()[0].device_kind,
         "compile_seconds": f"{compile_seconds:.1f}",
         "steps_per_second_median": round(steps / np.median(train_seconds)),
@@ -68,7 +70,7 @@ def main():
     print(row)
     path = Path(__file__).with_name("speed.csv")
     with path.open("a", newline="") as f:
-        writer = csv.DictWriter(f, row)
+        writer = csv.DictWriter(f, row, lineterminator="\n")
         if f.tell() == 0:
             writer.writeheader()
         writer.writerow(row)
