@@ -10,25 +10,28 @@
 
 The agent sees a cue, +1 or -1, in the first two observations of an episode, then only a countdown, and at step
 --memory-length, counted from 0, must answer with the cue. Its memory is S5, a linear state space layer whose state can
-be started from a stored value and reset in the middle of a parallel scan: so PPO can learn from whole rollouts, even if
-episodes begin and end inside them.
+be started from a stored value and reset in the middle of a parallel scan. This lets PPO learn from whole rollouts in
+which episodes begin and end.
 
-    python s5_ppo_memory.py                        # length 128, about a minute on two CPU cores
-    python benchmarks/memory_length.py             # the paper's figure, hours; prints the flags for long memories
+    python s5_ppo_memory.py                        # length 128, half a minute on two CPU cores
+    python benchmarks/memory_length.py             # the paper's figure, hours; prints the flags of every length
     python s5_ppo_memory.py --env-id CartPole-v1   # any gymnax environment with a flat Box and Discrete actions
     python s5_ppo_memory.py --resume runs/RUN      # goes on after Ctrl-C or a kill
 
-What to expect, on two cores of a cloud machine's CPU: length 128 with the defaults takes 27 to 30 seconds from process
-start, 6 to 7 of them for compiling, at 41,000 to 47,000 steps per second (2026-11-24), or 42 to 45 seconds where the
-cores are slower (2026-11-23; 54 and 63 in a bad hour), and answers 128 of 128 questions right for each of seeds 0 to 4
-(benchmarks/first_minute.py). Longer memories need rollouts
-of two episodes, slower states and less credit for the actions that do not count: benchmarks/LOG.md tells how that was
-found.
+What to expect, on two cores of a cloud machine's CPU: x (benchmarks/first_minute.py). Longer memories need
+rollouts of two episodes (--num-steps), slower states (--dt-min, --dt-max), no credit for the actions that do not count
+(--gae-lambda 0), and a policy that stays random until the cue is found (--ent-coef): of length 1,024, for one seed,
+
+    python s5_ppo_memory.py --memory-length 1024 --num-envs 16 --num-steps 2048 --update-epochs 8 --gae-lambda 0
+        --dt-min 0.0004 --dt-max 0.0125 --ent-coef 0.1 --anneal-ent-coef --learning-rate 3e-4 --anneal-lr
+        --total-timesteps 2050000
+
+benchmarks/LOG.md tells how that was found.
 
 Where this departs from the paper, and why:
 - PPO on many environments, not A2C on one: it fills the machine, and is what people use.
 - A reset sets the factor a_bar to zero for that step, and the scan composes pairs (a, b) of x -> a x + b. It gives the
-  same states as the paper's three-element operator (tests/test_s5.py compares them) for less work.
+  same states as the paper's three-element operator (tests/test_s5.py compares them) with two elements.
 - The input is scaled to unit variance, sqrt(1 - |a_bar|^2), as in the Linear Recurrent Unit (Orvieto et al. 2023), not
   by zero-order hold, which scales it by about Δ, least for the slowest states; --zoh brings that back. At length 128
   both answer every question right, with five seeds and three (benchmarks/first_minute.csv); at 512, with the flags of
@@ -340,8 +343,8 @@ class S5(nn.Module):
         (T, N, D), P = u.shape, self.args.state_size
         hippo, vectors = hippo_normal(P)
 
-        # B and C start real and are turned into the eigenbasis. They are stored transposed, real and imaginary parts
-        # beside each other: the optimiser never sees a complex gradient, and each of them is one matrix product.
+        # B and C start real and are turned into the eigenbasis. They are stored as real matrices, B transposed as
+        # [Re B, Im B] and C as Re C above -Im C: no complex gradient, and one matrix product on each side of the scan.
         def init_b(key):
             b = vectors.conj().T @ jax.random.normal(key, (2 * P, D)) / np.sqrt(D)  # (P, D)
             return jnp.concatenate([b.real.T, b.imag.T], axis=1)  # (D, 2P)
@@ -368,12 +371,12 @@ class S5(nn.Module):
 
         # Matrix products see T and N as one axis: a weight gradient that sums over two is three times slower on a CPU.
         u_flat = u.reshape(T * N, D)
-        b_bar = jax.lax.complex(b[:, :P], b[:, P:]) * scale
+        b_bar = jax.lax.complex(b[:, :P], b[:, P:]) * scale  # (D, P)
         bu = u_flat @ jnp.concatenate([b_bar.real, b_bar.imag], axis=1)  # (T N, 2P)
         bu = jax.lax.complex(bu[:, :P], bu[:, P:]).reshape(T, N, P)
         x = s5_scan(a_bar, bu, reset, state, jax.default_backend() != "cpu")
         x_flat = x.reshape(T * N, P)
-        y = 2 * jnp.concatenate([x_flat.real, x_flat.imag], axis=1) @ c + d * u_flat  # 2 Re(Cx) + Du
+        y = 2 * jnp.concatenate([x_flat.real, x_flat.imag], axis=1) @ c + d * u_flat  # (T N, D), 2 Re(Cx) + Du
         return x[-1], y.reshape(T, N, D)
 
 
@@ -556,6 +559,8 @@ def make_train(args, env):
         key, device_key = jax.random.split(state.key)
         device_key = jax.random.fold_in(device_key, jax.lax.axis_index("devices"))
         act_key, *epoch_keys = jax.random.split(device_key, 1 + args.update_epochs)
+        # By the square: the bonus has to be gone while steps are still long enough to learn what follows from that, the
+        # more regular actions among which the memory is then read (benchmarks/LOG.md, item 17).
         ent_coef = args.ent_coef * ((1 - state.num_updates / args.num_updates) ** 2 if args.anneal_ent_coef else 1)
         first_carry = state.carry  # as acting left it; each pass over the rollout starts from it again
         state, (batch, episodes) = jax.lax.scan(act, state, jax.random.split(act_key, args.num_steps))

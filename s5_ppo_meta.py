@@ -622,8 +622,8 @@ class S5(nn.Module):
         (T, N, D), P = u.shape, self.args.state_size
         hippo, vectors = hippo_normal(P)
 
-        # B and C start real and are turned into the eigenbasis. They are stored transposed, real and imaginary parts
-        # beside each other: the optimiser never sees a complex gradient, and each of them is one matrix product.
+        # B and C start real and are turned into the eigenbasis. They are stored as real matrices, B transposed as
+        # [Re B, Im B] and C as Re C above -Im C: no complex gradient, and one matrix product on each side of the scan.
         def init_b(key):
             b = vectors.conj().T @ jax.random.normal(key, (2 * P, D)) / np.sqrt(D)  # (P, D)
             return jnp.concatenate([b.real.T, b.imag.T], axis=1)  # (D, 2P)
@@ -650,12 +650,12 @@ class S5(nn.Module):
 
         # Matrix products see T and N as one axis: a weight gradient that sums over two is three times slower on a CPU.
         u_flat = u.reshape(T * N, D)
-        b_bar = jax.lax.complex(b[:, :P], b[:, P:]) * scale
+        b_bar = jax.lax.complex(b[:, :P], b[:, P:]) * scale  # (D, P)
         bu = u_flat @ jnp.concatenate([b_bar.real, b_bar.imag], axis=1)  # (T N, 2P)
         bu = jax.lax.complex(bu[:, :P], bu[:, P:]).reshape(T, N, P)
         x = s5_scan(a_bar, bu, reset, state, jax.default_backend() != "cpu")
         x_flat = x.reshape(T * N, P)
-        y = 2 * jnp.concatenate([x_flat.real, x_flat.imag], axis=1) @ c + d * u_flat  # 2 Re(Cx) + Du
+        y = 2 * jnp.concatenate([x_flat.real, x_flat.imag], axis=1) @ c + d * u_flat  # (T N, D), 2 Re(Cx) + Du
         return x[-1], y.reshape(T, N, D)
 
 
@@ -893,6 +893,8 @@ def make_train(args, env):
         key, device_key = jax.random.split(state.key)
         device_key = jax.random.fold_in(device_key, jax.lax.axis_index("devices"))
         act_key, pool_key, *epoch_keys = jax.random.split(device_key, 2 + args.update_epochs)
+        # By the square: the bonus has to be gone while steps are still long enough to learn what follows from that, the
+        # more regular actions among which the memory is then read (benchmarks/LOG.md, item 17).
         ent_coef = args.ent_coef * ((1 - state.num_updates / args.num_updates) ** 2 if args.anneal_ent_coef else 1)
         state = state._replace(env_state=env.redraw(pool_key, state.env_state))
         first_carry = state.carry  # as acting left it; each pass over the rollout starts from it again

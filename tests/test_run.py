@@ -295,8 +295,8 @@ def test_help_tells_what_every_flag_is_for(script):
 
 
 def test_a_copy_of_the_one_file_runs_anywhere(tmp_path):
-    shutil.copy(ROOT / "s5_ppo_memory.py", tmp_path / "copy.py")
-    code, _, err = finish(start(tmp_path, f"{TINY} --total-timesteps 64", tmp_path / "copy.py"))
+    shutil.copy(ROOT / "s5_ppo_memory.py", tmp_path / "my_agent.py")
+    code, _, err = finish(start(tmp_path, f"{TINY} --total-timesteps 64", tmp_path / "my_agent.py"))
     assert code == 0, err
     assert json.loads((run_dir(tmp_path) / "config.json").read_text())["git_commit"] is None
 
