@@ -277,11 +277,11 @@ def test_an_evaluation_counts_the_first_episode_of_each_environment_and_no_other
 
 # ---- several devices
 TWO_DEVICES = """
-import jax, numpy as np
-from s5_ppo_memory import Args, Environment, make_train
-small = dict(num_envs=8, num_minibatches=2, num_steps=8, d_model=8, state_size=4, encoder_size=8, head_size=8)
-args = Args(**small, memory_length=3, num_devices=2, log_interval=1)
-init, train = make_train(args, Environment(args))
+import importlib, sys, jax, numpy as np
+script = importlib.import_module(sys.argv[1])
+small = dict(num_envs=8, num_minibatches=2, num_steps=8, d_model=8, encoder_size=8, head_size=8)
+args = script.Args(**small, memory_length=3, num_devices=2, log_interval=1)
+init, train = script.make_train(args, script.Environment(args))
 before = jax.jit(init)(jax.random.key(0))
 after, metrics = jax.jit(train)(before)
 for new in jax.tree.leaves(after.params):
@@ -296,9 +296,10 @@ print("same")
 """
 
 
-def test_two_devices_share_the_environments_and_keep_the_same_parameters():
+@pytest.mark.parametrize("script", ["s5_ppo_memory", "lstm_ppo", "transformer_ppo"])
+def test_two_devices_share_the_environments_and_keep_the_same_parameters(script):
     variables = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", TWO_DEVICES]
+    command = [sys.executable, "-c", TWO_DEVICES, script]
     result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     assert result.stdout.strip() == "same", result.stderr[-2000:]
 
