@@ -26,7 +26,7 @@ memory wiped every step, 0.05. The paper's figure has 0.27 and 0.41. A specialis
 command for the classic suite above, with seeds 0 to 2, gave a mean score of 0.84, 0.87 and 0.74 on its training tasks
 and of 0.16, 0.18 and 0.19 on the held-out ones, in 60 to 64 minutes on one core; without memory 0.06 and -0.09
 (benchmarks/adaptation.py, 2026-11-24; CartPole's figures are from before --target-kl made steps shorter). Locomotion:
-9,800 steps per second; up to 900,000 on an H100, where 162 million steps brought a score above 0 in reacher only. Of
+9,800 steps per second; up to 900,000 on an H100, where 162 million steps brought reacher alone clearly above 0. Of
 the paper's size, not run here: --suite classic --total-timesteps 2000000000 --num-envs 1120 --num-steps 1000
 --trial-length 1000 --num-layers 10 --d-model 256 --encoder-size 512 --gamma 0.995 --learning-rate 3e-4.
 benchmarks/foresight.py shows what the memory knows of a body, benchmarks/META_LOG.md tells what was tried.
@@ -43,7 +43,7 @@ Where this departs from the paper, and why:
   redraws the task as well.
 - The inner episode's end is a flag in the observation and no reset; only a trial's end resets the memory.
 - The agent sees its own unprojected action and the scaled reward: without them it could not identify the action matrix.
-- The rewards of a held-out task reach the agent in units of what random actions get of it, its one statistic (TASKS).
+- The rewards of a held-out task are divided by the spread of random actions' returns (`Task.spread`).
 - Tasks are gymnax's and brax's, not DMControl's, which has no JAX version among this project's dependencies.
 """
 
@@ -64,6 +64,7 @@ import time
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -86,33 +87,28 @@ class Task(NamedTuple):
     env_id: str  # of gymnax, or else of brax
     episode_length: int  # time limit, in steps
     zero: float  # return of one episode that scores 0: the better of random actions and no action at all
-    one: float  # return that scores 1: a specialist, this script on the task alone with --no-projection
-    spread: float  # standard deviation of random actions' discounted returns: rewards are divided by it, to begin with
-    params: dict | None = None  # EnvParams to override; (low, high): drawn for each trial. Gymnax only, as next two
+    one: float  # return that scores 1: a specialist, this script on the task alone, unprojected
+    spread: float  # of random actions' discounted returns: divides rewards until the first rollout; held out, always
+    params: dict | None = None  # EnvParams to set; (low, high): drawn for each trial. Gymnax only, as the next two
     seen: tuple = ()  # entries of the observation the agent sees; all, if empty
     reward_scale: float = 1.0
 
 
 # From benchmarks/reference_scores.csv, made by benchmarks/reference_scores.py at the commits that it names. In
 # mountain-car the specialist is no better than doing nothing, so `one` is what gym calls solved.
+DENSE = {"dense_reward": True}
 TASKS = {
     "cartpole-positions": Task("CartPole-v1", 200, 0.109, 0.999, 0.0461, seen=(0, 2), reward_scale=1 / 200),
     "cartpole": Task("CartPole-v1", 200, 21.8, 200.0, 9.22),
-    "cartpole-bodies": Task(
-        "CartPole-v1", 200, 20.8, 200.0, 9.22, params={"gravity": (6.5, 14.7), "force_mag": (6.7, 15.0)}
-    ),
-    "cartpole-long": Task("CartPole-v1", 200, 32.9, 200.0, 12.1, params={"length": 1.0, "polemass_length": 0.1}),
+    "cartpole-bodies": Task("CartPole-v1", 200, 20.8, 200.0, 9.22, {"gravity": (6.5, 14.7), "force_mag": (6.7, 15.0)}),
+    "cartpole-long": Task("CartPole-v1", 200, 32.9, 200.0, 12.1, {"length": 1.0, "polemass_length": 0.1}),
     "pendulum": Task("Pendulum-v1", 200, -1147.0, -160.0, 170.0),
-    "pendulum-bodies": Task("Pendulum-v1", 200, -1192.0, -184.0, 172.0, params={"g": (6.7, 15.0), "m": (0.67, 1.5)}),
-    "pendulum-long": Task("Pendulum-v1", 200, -1060.0, -235.5, 170.0, params={"l": 1.5}),
-    "pendulum-heavy": Task("Pendulum-v1", 200, -1280.0, -179.0, 172.0, params={"m": 1.5, "l": 0.8}),
-    "point-robot": Task("PointRobot-misc", 100, -88.3, -35.4, 25.4, params={"dense_reward": True}),
-    "point-robot-bodies": Task(
-        "PointRobot-misc", 100, -88.3, -33.6, 25.9, params={"dense_reward": True, "max_force": (0.067, 0.15)}
-    ),
-    "point-robot-slow": Task(
-        "PointRobot-misc", 100, -88.3, -34.1, 22.2, params={"dense_reward": True, "max_force": 0.05}
-    ),
+    "pendulum-bodies": Task("Pendulum-v1", 200, -1192.0, -184.0, 172.0, {"g": (6.7, 15.0), "m": (0.67, 1.5)}),
+    "pendulum-long": Task("Pendulum-v1", 200, -1060.0, -235.5, 170.0, {"l": 1.5}),
+    "pendulum-heavy": Task("Pendulum-v1", 200, -1280.0, -179.0, 172.0, {"m": 1.5, "l": 0.8}),
+    "point-robot": Task("PointRobot-misc", 100, -88.3, -35.4, 25.4, DENSE),
+    "point-robot-bodies": Task("PointRobot-misc", 100, -88.3, -33.6, 25.9, DENSE | {"max_force": (0.067, 0.15)}),
+    "point-robot-slow": Task("PointRobot-misc", 100, -88.3, -34.1, 22.2, DENSE | {"max_force": 0.05}),
     "gymnax-reacher": Task("Reacher-misc", 100, 14.3, 27.4, 7.76),
     "mountain-car": Task("MountainCarContinuous-v0", 200, 0.0, 90.0, 0.815),
     "inverted-pendulum": Task("inverted_pendulum", 200, 70.2, 200.0, 9.78),
@@ -139,6 +135,7 @@ class Suite(NamedTuple):
 
 # In bodies, gravity, mass or force of the gymnax tasks is drawn for each trial; the three changed bodies held out lie
 # outside of that (pendulum-heavy would not: its motion is that of a length of 1 with g 12.5 and m 0.96).
+NEW_BODIES = ("pendulum-long", "cartpole-long", "point-robot-slow")
 SUITES = {
     "cartpole": Suite(("cartpole-positions",), (), 4, 1, trial_episodes=16),
     "classic": Suite(
@@ -150,14 +147,7 @@ SUITES = {
     ),
     "bodies": Suite(
         ("pendulum-bodies", "point-robot-bodies", "cartpole-bodies", "inverted-pendulum", "reacher"),
-        (
-            "gymnax-reacher",
-            "inverted-double-pendulum",
-            "mountain-car",
-            "pendulum-long",
-            "cartpole-long",
-            "point-robot-slow",
-        ),
+        ("gymnax-reacher", "inverted-double-pendulum", "mountain-car", *NEW_BODIES),
         projected_obs_size=12,
         projected_action_size=2,
         trial_length=400,
@@ -188,9 +178,7 @@ class Args:
     tf32: bool = False  # let NVIDIA GPUs use TF32; acting and learning then differ by about 1e-3
 
     # ---- tasks; what is None here comes from the suite
-    suite: Literal["cartpole", "classic", "bodies", "locomotion"] = (
-        "cartpole"  # stands for the tasks, sizes and trials in SUITES
-    )
+    suite: Literal["cartpole", "classic", "bodies", "locomotion"] = "cartpole"  # tasks, sizes and trials, in SUITES
     train_tasks: tuple[str, ...] | None = None  # names of TASKS, each with an equal share of NUM_ENVS
     held_out_tasks: tuple[str, ...] | None = None  # tasks to evaluate on only
     projected_obs_size: int | None = None  # entries of the projected observation
@@ -231,14 +219,14 @@ class Args:
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
     clip_coef: float = 0.2  # epsilon of the clipped objective
     ent_coef: float = 0.005  # weight of the entropy bonus
-    anneal_ent_coef: bool = False  # lower --ent-coef to zero over the run, by the square of what is left of it
+    anneal_ent_coef: bool = False  # lower --ent-coef to zero over the run, as (1 - progress)^2
     vf_coef: float = 0.5  # weight of the value loss
     prediction_coef: float = 1.0  # weight of predicting the change of observation and reward; 0 switches that off
     target_kl: float = 0.04  # mean KL of an update above which steps shrink; single ones above 2.5 times it are skipped
     max_grad_norm: float = 0.5  # global norm the gradient is clipped to
 
     def __post_init__(self):
-        if self.trial_length and self.trial_episodes is None:  # one given stands for both
+        if self.trial_length and self.trial_episodes is None:  # if only one is given, the other is 0
             self.trial_episodes = 0
         if self.trial_episodes and self.trial_length is None:
             self.trial_length = 0
@@ -264,12 +252,11 @@ class Args:
         for f in dataclasses.fields(self):
             flag, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
             zero_is_fine = f.name in may_be_zero
-            any_size = type(value) is float or f.name == "total_timesteps"
-            too_large = np.inf if any_size else 2**31  # arrays count in 32 bits
+            limit = np.inf if type(value) is float or f.name == "total_timesteps" else 2**31  # arrays count in 32 bits
             # Written so that NaN is refused too.
-            if type(value) in (int, float) and not (0 < value < too_large or (value == 0 and zero_is_fine)):
+            if type(value) in (int, float) and not (0 < value < limit or (value == 0 and zero_is_fine)):
                 use = "of 0 or more" if zero_is_fine else "above 0"
-                raise ValueError(f"{flag} {value}: use a number {use}, and below {too_large}")
+                raise ValueError(f"{flag} {value}: use a number {use}, and below {limit}")
             if f.name in ("gamma", "gae_lambda") and value > 1:
                 raise ValueError(f"{flag} {value} is too large: use 1 or less")
         if self.dt_max < self.dt_min:
@@ -293,10 +280,8 @@ class Args:
                 f"{-(-self.num_envs // shares) * shares}"
             )
         if self.total_timesteps < self.batch_size:
-            raise ValueError(
-                f"--total-timesteps {self.total_timesteps} is less than a rollout of --num-envs {self.num_envs} times "
-                f"--num-steps {self.num_steps}: use {self.batch_size} or more"
-            )
+            rollout = f"a rollout, --num-envs {self.num_envs} x --num-steps {self.num_steps}"
+            raise ValueError(f"--total-timesteps {self.total_timesteps} is less than {rollout}: use {self.batch_size}")
 
 
 # ==== Environment: trials of several tasks behind `reset` and `step` ==================================================
@@ -315,7 +300,7 @@ class Timestep(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """n start states for episodes and, independent of them, n bodies and pairs of matrices for trials.
+    """What new episodes and trials draw from, with replacement: n start states and, apart from them, bodies and pairs.
 
     Redrawn every rollout. To draw where an episode ends means to reset all n copies at every step, which takes brax
     longer than the step.
@@ -374,23 +359,19 @@ class CopiesOf:
             given = self.task.params or {}
             self.ranges = {field: value for field, value in given.items() if isinstance(value, tuple)}
             self.params = params.replace(**{field: given[field] for field in given.keys() - self.ranges.keys()})
-            self.space = self.env.action_space(self.params)
+            space = self.env.action_space(self.params)
             self.obs_size = len(self.task.seen) or self.env.observation_space(self.params).shape[0]
-            self.action_size = int(np.prod(self.space.shape))  # 1 for Discrete: its sign picks
-            if getattr(self.space, "n", 2) != 2:
-                raise ValueError(
-                    f"task {name} has {self.space.n} discrete actions: use one that has two, or continuous"
-                )
+            self.action_size = int(np.prod(space.shape))  # 1 for Discrete: its sign picks
+            if getattr(space, "n", 2) != 2:
+                raise ValueError(f"task {name} has {space.n} discrete actions: use one that has two, or continuous")
         else:
-            with contextlib.redirect_stdout(io.StringIO()):  # which would complain of packages that nobody needs here
+            with contextlib.redirect_stdout(io.StringIO()):  # brax complains of packages that nobody needs here
                 from brax import envs
 
             self.env, self.params = envs.get_environment(self.task.env_id, backend=args.brax_backend), None
             self.ranges = {}
             if self.task.params or self.task.seen or self.task.reward_scale != 1:
-                raise ValueError(
-                    f"task {name} is of brax: params, seen and reward_scale are for gymnax, leave them out"
-                )
+                raise ValueError(f"task {name} is of brax: leave out params, seen and reward_scale, which gymnax has")
             self.obs_size, self.action_size = self.env.observation_size, self.env.action_size
         for flag, size, needed in (
             ("--projected-obs-size", args.projected_obs_size, self.obs_size),
@@ -459,7 +440,7 @@ class CopiesOf:
         pool = self.draw(pool_key, n)
         zero, steps, true = jnp.zeros(n), jnp.zeros(n, jnp.int32), jnp.ones(n, bool)
         begun = jax.random.randint(stagger_key, (n,), 0, self.args.trial_length or self.args.trial_episodes)
-        begun = jnp.where(stagger, begun, 0)  # staggered, or else all trials would end, and all memories start, at once
+        begun = jnp.where(stagger, begun, 0)  # staggered, else all trials would end at the same step
         trial_step, episode = (begun, steps) if self.args.trial_length else (steps, begun)
         action = jnp.zeros((n, self.args.projected_action_size))
         obs = self.agent_obs(pool.obs, pool.obs_matrix, action, zero, true, true)
@@ -492,16 +473,9 @@ class CopiesOf:
         obs_matrix, action_matrix, body = choose(new_trial, fresh, (state.obs_matrix, state.action_matrix, state.body))
         episode_return = state.episode_return + raw_reward
         discounted_return = self.args.gamma * state.discounted_return + raw_reward
+        obs, truncated = self.agent_obs(obs, obs_matrix, action, reward, done, new_trial), done & ~terminated
         timestep = Timestep(
-            obs=self.agent_obs(obs, obs_matrix, action, reward, done, new_trial),
-            reset=new_trial,
-            reward=reward,
-            done=done,
-            truncated=done & ~terminated,
-            final_obs=final_obs,
-            raw_reward=raw_reward,
-            discounted_return=discounted_return,
-            episode_return=episode_return,
+            obs, new_trial, reward, done, truncated, final_obs, raw_reward, discounted_return, episode_return
         )
         of_trial = [jnp.where(new_trial, 0, x) for x in (trial_step, episode)]
         of_episode = [jnp.where(done, 0, x) for x in (episode_length, episode_return, discounted_return)]
@@ -556,18 +530,21 @@ def hippo_normal(state_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def linear_recurrence(a_bar, bu, reset, state, parallel, reverse=False):
-    """x_t = a_bar (1 - reset_t) x_{t-1} + bu_t for all t, in one of two ways; shapes as in `s5_scan`."""
+    """x_t = a_bar (1 - reset_t) x_{t-1} + bu_t for all t, in one of two ways; x_{t+1} for x_{t-1} if reverse.
+
+    Shapes as in `s5_scan`.
+    """
     if not parallel:
 
         def step(x, inputs):
-            bu, reset = inputs
-            x = jnp.where(reset[:, None], 0.0, a_bar * x) + bu
+            bu_t, reset_t = inputs
+            x = jnp.where(reset_t[:, None], 0.0, a_bar * x) + bu_t
             return x, x
 
         return jax.lax.scan(step, state, (bu, reset), reverse=reverse)[1]
 
     a = jnp.where(reset[..., None], 0.0, a_bar)  # (T, N, P)
-    first = -1 if reverse else 0  # the first step taken is the one that the initial state enters
+    first = -1 if reverse else 0  # the initial state enters the first step taken
     bu = bu.at[first].add(a[first] * state)
 
     def compose(earlier, later):  # two affine maps x -> a x + b, one after the other
@@ -580,10 +557,9 @@ def linear_recurrence(a_bar, bu, reset, state, parallel, reverse=False):
 def s5_scan(a_bar, bu, reset, state, parallel):
     """States x (T, N, P) of x_t = a_bar (1 - reset_t) x_{t-1} + bu_t, from x_{-1} = state.
 
-    The paper's resettable operator carries the reset as a third element of the scan; setting a_bar to zero where reset
-    is set gives the same states with two. `parallel` picks the associative scan, of logarithmic depth, or
-    the step-by-step one, which does less work and wins where nothing runs in parallel, on a CPU. The gradient is
-    the same recurrence run backwards in time, so that of the forward pass only x is kept.
+    The paper's resettable operator carries the reset as a third element; a_bar times zero gives the same states with
+    two. `parallel` picks the associative scan, of logarithmic depth; the step-by-step one does less work and is faster
+    on a CPU. The gradient is the same recurrence run backwards in time, so that only x is kept of the forward pass.
 
     Shapes: a_bar (P,), bu (T, N, P), reset (T, N) bool, state (N, P); complex but for reset.
     """
@@ -597,10 +573,10 @@ def s5_scan_forward(a_bar, bu, reset, state, parallel):
 
 def s5_scan_backward(parallel, residuals, grad_x):
     a_bar, reset, state, x = residuals
-    # The chain rule: grad_bu_t = grad_x_t + a_bar (1 - reset_{t+1}) grad_bu_{t+1}, in JAX without conjugates.
+    # The chain rule (without conjugates, as JAX has it): grad_bu_t = grad_x_t + a_bar (1 - reset_{t+1}) grad_bu_{t+1}.
     next_reset = jnp.concatenate([reset[1:], jnp.ones_like(reset[:1])])  # nothing comes after the last step
     grad_bu = linear_recurrence(a_bar, grad_x, next_reset, jnp.zeros_like(state), parallel, reverse=True)
-    carried = jnp.where(reset[..., None], 0.0, grad_bu)  # (T, N, P), what flows on to x_{t-1}
+    carried = jnp.where(reset[..., None], 0.0, grad_bu)  # (T, N, P), gradient of a_bar x_{t-1}
     grad_a_bar = (carried * jnp.concatenate([state[None], x[:-1]])).sum((0, 1))  # (P,)
     return grad_a_bar, grad_bu, None, a_bar * carried[0]
 
@@ -632,23 +608,21 @@ class S5(nn.Module):
             c = jax.random.normal(key, (D, 2 * P)) @ vectors / np.sqrt(2 * P)  # (D, P)
             return jnp.concatenate([c.real.T, -c.imag.T])  # (2P, D), since Re(Cx) = Re(C) Re(x) - Im(C) Im(x)
 
-        def init_log_dt(key):
-            return jax.random.uniform(key, (P,), minval=np.log(self.args.dt_min), maxval=np.log(self.args.dt_max))
-
         # The real part of Λ is minus an exponential: no gradient step can make the layer unstable.
         log_decay = self.param("log_decay", lambda _: jnp.asarray(np.log(-hippo.real), jnp.float32))
         frequency = self.param("frequency", lambda _: jnp.asarray(hippo.imag, jnp.float32))
         b = self.param("B", init_b)
         c = self.param("C", init_c)
         d = self.param("D", nn.initializers.normal(1.0), (D,))
-        dt = jnp.exp(self.param("log_dt", init_log_dt))
+        low, high = np.log(self.args.dt_min), np.log(self.args.dt_max)
+        dt = jnp.exp(self.param("log_dt", lambda key: jax.random.uniform(key, (P,), minval=low, maxval=high)))
 
         lam = jax.lax.complex(-jnp.exp(log_decay), frequency)
         a_bar = jnp.exp(lam * dt)  # (P,)
         # White input of variance 1 gives a state of variance scale^2 / (1 - |a_bar|^2): one, if not --zoh, whatever Δ.
         scale = (a_bar - 1) / lam if self.args.zoh else jnp.sqrt(-jnp.expm1(2 * lam.real * dt))
 
-        # Matrix products see T and N as one axis: a weight gradient that sums over two is three times slower on a CPU.
+        # Products see T and N as one axis: a weight gradient summed over two axes is three times slower on a CPU.
         u_flat = u.reshape(T * N, D)
         b_bar = jax.lax.complex(b[:, :P], b[:, P:]) * scale  # (D, P)
         bu = u_flat @ jnp.concatenate([b_bar.real, b_bar.imag], axis=1)  # (T N, 2P)
@@ -672,7 +646,7 @@ class SequenceModel(nn.Module):
     def __call__(self, carry, x, reset):
         T, N, D = x.shape
         next_carry = []
-        for state in carry:
+        for state in carry:  # one a block
             state, y = S5(self.args)(state, nn.LayerNorm()(x), reset)
             y = nn.gelu(y).reshape(T * N, D)
             x = x + (y * nn.sigmoid(nn.Dense(D)(y))).reshape(T, N, D)
@@ -720,8 +694,8 @@ class ActorCritic(nn.Module):
             return a * (1 + b)
 
         def direction_and_size(x):
-            size = jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-8)  # from 1e-4 on
-            return x / size, jnp.log(size) / 3 + 1  # the latter from -2 to about 1
+            size = jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-8)  # at least 1e-4
+            return x / size, jnp.log(size) / 3 + 1  # -2 to about 1
 
         last, carry = carry
         outcome = jnp.concatenate([last[None], outcome_of(obs, self.args)])  # (T + 1, N, o + 1)
@@ -788,9 +762,8 @@ class TrainState(NamedTuple):
 def gae(reward, value, done, last_value, gamma, gae_lambda):
     """Generalised advantage estimates (Schulman et al. 2016), (T, N) as the first three arguments are.
 
-    last_value (N,) is the value of the observation after the last step.
-
-    `done` stops both the bootstrap and the trace. Where a time limit is no real end, its value is already in reward.
+    last_value (N,) is the value of the observation after the last step. `done` stops both the bootstrap and the trace.
+    Where a time limit is no real end, its value is already in reward.
     """
 
     def step(later, inputs):
@@ -846,13 +819,13 @@ def make_train(args, env):
     """Two pure functions: `init(key)` gives a TrainState; `train(state)` runs log_interval updates on it.
 
     Both are one program for all devices (SPMD): each device steps and learns from its own share of the environments,
-    whose advantages it normalises, and averages its gradients with the others', so that all have the same parameters.
+    normalises the advantages of its share of a minibatch, and averages its gradients with the others', so that all have
+    the same parameters.
     """
     num_envs, K = args.num_envs // args.num_devices, len(env.names)
     network = ActorCritic(args)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(args.max_grad_norm), optax.adam(learning_rate_schedule(args), eps=1e-5)
-    )
+    adam = optax.adam(learning_rate_schedule(args), eps=1e-5)
+    optimizer = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adam)
 
     def init(key) -> TrainState:
         key, env_key, params_key = jax.random.split(key, 3)
@@ -874,7 +847,7 @@ def make_train(args, env):
         action = mean + jnp.exp(log_std) * jax.random.normal(action_key, mean.shape)  # (1, N, A)
         env_state, timestep = env.step(env_key, state.env_state, action[0], jnp.sqrt(state.return_var) + 1e-3)
         # A time limit cuts off what the episode was still worth: add it, judged with the memory of before the reset.
-        # A termination ends the value although the trial goes on: with the restart's value added, falling were free.
+        # A termination is worth nothing more, although the trial goes on: with the restart's value, falling were free.
         final_obs, no_reset = timestep.final_obs[None], jnp.zeros_like(state.reset)[None]
         _, _, final_value, _ = network.apply(state.params, carry, final_obs, no_reset)
         reward = timestep.reward + args.gamma * jnp.where(timestep.truncated, final_value[0], 0.0)
@@ -893,8 +866,8 @@ def make_train(args, env):
         key, device_key = jax.random.split(state.key)
         device_key = jax.random.fold_in(device_key, jax.lax.axis_index("devices"))
         act_key, pool_key, *epoch_keys = jax.random.split(device_key, 2 + args.update_epochs)
-        # By the square: the bonus has to be gone while steps are still long enough to learn what follows from that, the
-        # more regular actions among which the memory is then read (benchmarks/LOG.md, item 17).
+        # Squared, so that the bonus fades well before the step size does: as actions become regular, the network has to
+        # learn anew to read its memory among them (benchmarks/LOG.md, item 17).
         ent_coef = args.ent_coef * ((1 - state.num_updates / args.num_updates) ** 2 if args.anneal_ent_coef else 1)
         state = state._replace(env_state=env.redraw(pool_key, state.env_state))
         first_carry = state.carry  # as acting left it; each pass over the rollout starts from it again
@@ -904,7 +877,7 @@ def make_train(args, env):
         target = advantage + batch.value
 
         # Predictions are judged in units of each task's usual change, else those of slow tasks would hardly count, and
-        # up to three of them, else a rare jump, which nobody could foresee, would outweigh all steps in between.
+        # clipped at three of them, else a rare jump, which nobody could foresee, would outweigh all steps in between.
         change = batch.change.reshape(args.num_steps, K, -1, args.projected_obs_size + 1)
         usual = jax.lax.pmean(jnp.abs(change).mean((0, 2), keepdims=True), "devices")
         change = jnp.clip(change / (usual + 1e-4), -3, 3).reshape(batch.change.shape)
@@ -925,12 +898,12 @@ def make_train(args, env):
             carry = jax.tree.map(lambda x: x[env_ids], first_carry)
             minibatch = jax.tree.map(lambda x: x[:, env_ids], (batch, advantage, target))
             grads, losses = jax.grad(ppo_loss, has_aux=True)(params, network, carry, *minibatch, ent_coef, args)
-            flat, unflatten = ravel_pytree(grads)  # one message between devices, not one an array
+            flat, unflatten = ravel_pytree(grads)  # one all-reduce, not one an array
             flat = jax.lax.pmean(flat, "devices")
             losses["losses/grad_norm"] = jnp.linalg.norm(flat)
             updates, stepped = optimizer.update(unflatten(flat), opt_state, params)
             updates = jax.tree.map(lambda x: state.lr_scale * x, updates)
-            # Of several tasks one may run away in a few steps: a policy far from its rollout waits for the next one.
+            # Skip the step if the policy is far from its rollout already: one of several tasks may run away in a few.
             near = jax.lax.pmean(losses["losses/approx_kl"], "devices") < 2.5 * args.target_kl
             losses["losses/skipped"] = 1.0 - near
             updated = optax.apply_updates(params, updates), stepped
@@ -945,18 +918,17 @@ def make_train(args, env):
         order = order.reshape(args.update_epochs * args.num_minibatches, -1)  # (gradient steps, M)
         (params, opt_state), losses = jax.lax.scan(learn, (state.params, state.opt_state), order)
         losses["losses/explained_variance"] = 1 - (target - batch.value).var() / (target.var() + 1e-8)
-        # Sharp policies move further with each step, and where most steps are skipped nothing takes them back: so steps
-        # get smaller until the policy stays near its rollout, and then slowly larger again.
+        # Sharp policies move far with each step. To skip steps does not bring them back, so steps get shorter until the
+        # policy stays near its rollout, and then slowly longer.
         losses["losses/lr_scale"] = state.lr_scale
         kl = jax.lax.pmean(losses["losses/approx_kl"].mean(), "devices")
-        shorter, longer = state.lr_scale / 1.5, jnp.minimum(1.05 * state.lr_scale, 1.0)
-        lr_scale = jnp.where(kl > args.target_kl, shorter, longer)
+        lr_scale = jnp.where(kl > args.target_kl, state.lr_scale / 1.5, jnp.minimum(1.05 * state.lr_scale, 1.0))
         state = state._replace(params=params, opt_state=opt_state, lr_scale=lr_scale)
         state = state._replace(key=key, num_updates=state.num_updates + 1)
         return state, (jax.tree.map(jnp.mean, losses), jax.tree.map(lambda x: x.sum(0), episodes))
 
     def train(state: TrainState) -> tuple[TrainState, dict]:
-        """Metrics are means over updates, or over all episodes that ended, NaN if none did."""
+        """Means over updates; returns over the episodes that ended, NaN for a task without any, as is charts/score."""
         state, (losses, episodes) = jax.lax.scan(update, state, length=args.log_interval)
         metrics = jax.lax.pmean(jax.tree.map(jnp.mean, losses), "devices")
         count, returns = jax.lax.psum(jax.tree.map(lambda x: x.sum(0), episodes), "devices")  # (K,) each
@@ -978,11 +950,11 @@ MEMORIES = ("kept", "wiped every episode", "wiped every step")  # the agent, and
 
 
 def evaluate(params, spread, key, memory, args, env):
-    """Raw rewards and episode ends, (S, K E) each, of E = eval_trials trials of each of env's K tasks.
+    """Raw rewards and episode ends, (S, K E) each: S steps of E = eval_trials trials of each of env's K tasks.
 
     memory: index of MEMORIES. The trials of one key have the same matrices whatever the memory. Actions are sampled, as
-    in training: to explore is part of the policy. Nothing is learned but in the memory. S is long enough for every
-    episode begun within the trial to be whole. Returns also, for --render, what brax knew of the first trial, or None.
+    in training: to explore is part of the policy. The weights are fixed. S is long enough for every
+    episode begun within the trial to be whole. Returns also, for --render, brax's states of the first trial, or None.
     """
     network, num_envs = ActorCritic(args), len(env.names) * args.eval_trials
     reset_key, key = jax.random.split(key)
@@ -1025,17 +997,13 @@ def reward_spread(return_var, names, args):
 
 
 def episodes_of(rewards, dones, args):
-    """Trial, index within it, first step and return of every episode begun in time; from (S, E) rewards and ends."""
-    E = rewards.shape[1]
-    ends = np.cumsum(dones, axis=0)
-    index = np.vstack([np.zeros((1, E), int), ends[:-1]])  # (S, E) of the episode at each step
+    """Trial, index within it, first step and return of every episode begun within it; from (S, E) rewards and ends."""
     rows = []
-    for trial in range(E):
-        num = int(ends[-1, trial])
-        returns = np.bincount(index[:, trial], rewards[:, trial])[:num]
-        first = np.concatenate([[0], np.flatnonzero(dones[:, trial])[:-1] + 1])[:num]
-        begun = first < args.eval_trial_length if args.trial_length else np.arange(num) < args.eval_trial_length
-        rows += [(trial, i, first[i], returns[i]) for i in np.flatnonzero(begun)]
+    for trial in range(rewards.shape[1]):
+        borders = [0, *np.flatnonzero(dones[:, trial]) + 1]
+        for i, (first, end) in enumerate(pairwise(borders)):
+            if (first if args.trial_length else i) < args.eval_trial_length:
+                rows.append((trial, i, first, rewards[first:end, trial].sum(dtype=float)))
     return np.array(rows)  # (episodes, 4)
 
 
@@ -1065,15 +1033,12 @@ def adaptation(rewards, dones, env, args):
                 kept = half
             else:  # the same trial, that is the same matrices, with and without
                 samples += [("kept minus this", 0, np.array([kept[i] - half[i] for i in half if i in kept]))]
-            for against, x, sample in samples:
-                if not len(sample):  # no episode began in the second half
-                    continue
+            for against, x, sample in (s for s in samples if len(s[2])):  # no episode may begin in the second half
+                mean, is_score = sample.mean(), against in ("second half", "episode")
                 width = 1.96 * sample.std(ddof=1) / np.sqrt(len(sample)) if len(sample) > 1 else np.nan
-                row = {"task": name, "memory": memory, "against": against, "x": x, "mean": sample.mean()}
-                row |= {"interval": width, "trials": len(sample)}
-                is_score = against in ("second half", "episode")
-                raw_return = task.zero + row["mean"] * (task.one - task.zero) if is_score else np.nan
-                rows.append(row | {"raw_return": raw_return})
+                raw_return = task.zero + mean * (task.one - task.zero) if is_score else np.nan
+                row = {"task": name, "memory": memory, "against": against, "x": x, "mean": mean}
+                rows.append(row | {"interval": width, "trials": len(sample), "raw_return": raw_return})
     return rows
 
 
@@ -1094,41 +1059,38 @@ def report(run_dir, rows, env, args, console):
     def pick(*wanted):
         return [r for r in rows if (r["task"], r["memory"], r["against"]) == wanted]
 
+    titles = {name: name + (" (held out)" if name in args.held_out_tasks else "") for name in env.names}
     fig = Figure(figsize=(3 * len(env.names) + 1, 5), layout="constrained")
     axes = fig.subplots(2, len(env.names), squeeze=False)
     for name, column in zip(env.names, axes.T, strict=True):
         for ax, against in zip(column, ("episode", "step"), strict=True):
+            means = []
             for i, memory in enumerate(MEMORIES):
-                x, mean, width, trials = np.array(
-                    [(r["x"], r["mean"], r["interval"], r["trials"]) for r in pick(name, memory, against)]
-                ).T
-                many = trials >= 0.5 * trials[0]  # episodes that few trials came to are chosen by their being short
-                ax.plot(x[many], mean[many], color=f"C{i}", label=f"memory {memory}")
-                ax.fill_between(x[many], (mean - width)[many], (mean + width)[many], color=f"C{i}", alpha=0.2, lw=0)
-            both = zip(pick(name, MEMORIES[0], against), pick(name, MEMORIES[2], against), strict=False)
-            enough = 0.5 * args.eval_trials * args.num_seeds
-            between = [(a["x"], a["mean"], b["mean"]) for a, b in both if min(a["trials"], b["trials"]) >= enough]
+                mine = pick(name, memory, against)  # less the episodes that only trials of short episodes came to
+                mine = [(r["x"], r["mean"], r["interval"]) for r in mine if r["trials"] >= 0.5 * mine[0]["trials"]]
+                x, mean, width = np.array(mine).T
+                ax.plot(x, mean, color=f"C{i}", label=f"memory {memory}")
+                ax.fill_between(x, mean - width, mean + width, color=f"C{i}", alpha=0.2, lw=0)
+                means.append(mean)
+            between = zip(x, means[0], means[2], strict=False)  # as far as both go
             ax.fill_between(*zip(*between, strict=True), color="grey", alpha=0.1, lw=0, label="kept - wiped every step")
             trained = args.trial_episodes if against == "episode" else args.trial_length
             if trained:
                 ax.axvline(trained, color="grey", linestyle=":", linewidth=1)  # trials of training end here
             ax.set(xlabel=f"{against} of the trial", ylabel="score" if against == "episode" else "reward per step")
-        column[0].set_title(name + (" (held out)" if name in args.held_out_tasks else ""))
+        column[0].set_title(titles[name])
     axes[0, 0].legend(fontsize="x-small")
     fig.savefig(run_dir / "adaptation.png", dpi=150)
 
-    table = Table(
-        "task", "raw return", "memory kept", *(f"kept - {m}".replace(" every", "\nevery") for m in MEMORIES[1:])
-    )
+    gaps = (f"kept - {memory}".replace(" every", "\nevery") for memory in MEMORIES[1:])
+    table = Table("task", "raw return", "memory kept", *gaps)
     table.columns[0].overflow = "fold"  # names stay whole in a narrow terminal
     table.title = "score over the second half of a trial: 0 random or idle, 1 specialist; 95 % interval over trials"
     for name in env.names:
-        cells = [pick(name, "kept", "second half")]
-        cells += [pick(name, memory, "kept minus this") for memory in MEMORIES[1:]]
-        title = name + (" (held out)" if name in args.held_out_tasks else "")
-        cells = [f"{c[0]['mean']:.2f} ± {c[0]['interval']:.2f}" if c else "–" for c in cells]
-        raw_return = f"{kept[0]['raw_return']:.4g}" if (kept := pick(name, "kept", "second half")) else "–"
-        table.add_row(title, raw_return, *(cell.replace("nan", "–") for cell in cells))
+        kept = pick(name, "kept", "second half")
+        cells = [kept, *(pick(name, memory, "kept minus this") for memory in MEMORIES[1:])]
+        cells = [f"{c[0]['mean']:.2f} ± {c[0]['interval']:.2f}".replace("nan", "–") if c else "–" for c in cells]
+        table.add_row(titles[name], f"{kept[0]['raw_return']:.4g}" if kept else "–", *cells)
     console.print(table)
 
 
@@ -1147,7 +1109,7 @@ def render(run_dir, frames, rewards, dones, env, args):
 
 # ==== Run directory ===================================================================================================
 def new_run_dir(args, task) -> Path:
-    now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # to the microsecond, for runs that a loop starts at once
+    now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # several may start in one second
     run_dir = Path("runs") / f"{Path(__file__).stem}__{task}__{args.seed}__{now}"
     run_dir.mkdir(parents=True)
     failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
@@ -1164,13 +1126,15 @@ def new_run_dir(args, task) -> Path:
 
 
 class MetricsLog:
-    """Appends a row per call and seed to metrics.csv, TensorBoard and, with --track, Weights & Biases."""
+    """Appends a row per call of `train` and seed to metrics.csv, TensorBoard and, with --track, Weights & Biases."""
 
     def __init__(self, run_dir, args, last_update):
         from tensorboardX import SummaryWriter
 
         self.path, self.args = run_dir / "metrics.csv", args
-        if self.path.exists():  # a resumed run: forget what was logged after its checkpoint
+        if (
+            self.path.exists() and self.path.stat().st_size
+        ):  # a resumed run: forget what was logged after its checkpoint
             head, *rows = self.path.read_text().splitlines(keepends=True)
             self.path.write_text(head + "".join(row for row in rows if int(row.split(",")[0]) <= last_update))
         first_step = last_update * args.batch_size + 1
@@ -1187,16 +1151,16 @@ class MetricsLog:
         args, step = self.args, update * self.args.batch_size
         gradient_steps = update * args.update_epochs * args.num_minibatches
         for i, writer in enumerate(self.writers):
-            row = {name: float(values[i]) for name, values in metrics.items()}
-            row = {name: None if np.isnan(value) else value for name, value in row.items()}  # no episode: no number
+            # NaN, where no episode ended, becomes an empty cell.
+            row = {name: None if np.isnan(x[i]) else float(x[i]) for name, x in metrics.items()}
             row["charts/learning_rate"] = float(learning_rate_schedule(args)(gradient_steps - 1))
-            row["charts/SPS"] = round(steps_per_second)
+            row["charts/SPS"] = round(steps_per_second)  # of all seeds together
+            line = {"update": update, "global_step": step, "seed": args.seed + i} | row
             with self.path.open("a", newline="") as f:
-                where = {"update": update, "global_step": step, "seed": args.seed + i}
-                table = csv.DictWriter(f, where | row, lineterminator="\n")
+                table = csv.DictWriter(f, line, lineterminator="\n")
                 if f.tell() == 0:
                     table.writeheader()
-                table.writerow(where | row)
+                table.writerow(line)
             scalars = {name: value for name, value in row.items() if value is not None}
             for name, value in scalars.items():
                 writer.add_scalar(name, value, step)
@@ -1284,18 +1248,14 @@ def setup() -> tuple[Args, Environment, Environment]:
             if args["eval_only"]:  # which needs no more than one device
                 args |= {"num_devices": 1, "track": False}
             args = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in args.items()})
-            if args.total_timesteps < (before := stored["args"]["total_timesteps"]):
-                raise ValueError(
-                    f"--total-timesteps {args.total_timesteps} is less than the run's own: use {before} or more"
-                )
+            if args.total_timesteps < (own := stored["args"]["total_timesteps"]):
+                raise ValueError(f"--total-timesteps {args.total_timesteps} is below the run's own: use {own} or more")
         args.check()
         if args.num_devices > len(jax.devices()):
             raise ValueError(f"--num-devices {args.num_devices} is more than there are: use {len(jax.devices())}")
         if args.track and not importlib.util.find_spec("wandb"):
             raise ValueError("--track needs Weights & Biases, which is not installed: pip install wandb")
-        tasks = args.train_tasks + args.held_out_tasks
-        if args.render:
-            tasks = (args.render,)
+        tasks = (args.render,) if args.render else args.train_tasks + args.held_out_tasks
         if args.render and (not args.eval_only or args.render not in TASKS or CopiesOf(args.render, args).params):
             raise ValueError(f"--render {args.render} needs --eval-only, and a brax task: reacher, ant ...")
         env, eval_env = Environment(args.train_tasks, args), Environment(tasks, args, trials_end=False)
@@ -1334,12 +1294,9 @@ def main():
                 restored = checkpoints.restore(update, args=part if args.eval_only else whole)
                 state = state._replace(**restored) if args.eval_only else restored
             except (ValueError, KeyError):
-                print(
-                    f"error: {'--eval-only' if args.eval_only else '--resume'} {run_dir} has a checkpoint that does "
-                    "not fit this version of the script: go on with the version in its config.json, git_commit",
-                    file=sys.__stderr__,
-                    flush=True,
-                )
+                flag = "--eval-only" if args.eval_only else "--resume"
+                why = "has a checkpoint that does not fit this script: use its version, git_commit in config.json"
+                print(f"error: {flag} {run_dir} {why}", file=sys.__stderr__, flush=True)
                 os._exit(2)
         logging.disable(logging.NOTSET)
     if args.resume:  # --total-timesteps may be new
@@ -1376,7 +1333,7 @@ def main():
                     r for r in csv.DictReader(f) if not (when.items() <= r.items() and r["task"] in eval_env.names)
                 ]
         with path.open("w", newline="") as f:
-            table = csv.DictWriter(f, halves[0], lineterminator="\n")
+            table = csv.DictWriter(f, when | rows[0], lineterminator="\n")
             table.writeheader()
             table.writerows(others + halves)
         return halves
@@ -1402,15 +1359,12 @@ def main():
             metrics = jax.tree.map(np.asarray, metrics)  # waits for the device
             call_seconds = time.time() - call_start
             if not np.isfinite(metrics["losses/grad_norm"]).all():
-                raise SystemExit(
-                    f"error: the gradient was not finite after update {update} of {run_dir}; no later one is saved: "
-                    "start a new run with a smaller --learning-rate"
-                )
+                why = f"the gradient was not finite after update {update} of {run_dir}; no later one is saved"
+                raise SystemExit(f"error: {why}: start a new run with a smaller --learning-rate")
             update += args.log_interval
             steps_per_second = args.log_interval * args.batch_size * args.num_seeds / call_seconds
             log.write(update, metrics, steps_per_second)
-            score = metrics["charts/score"].mean()
-            score = "–" if np.isnan(score) else f"{score:.2f}"
+            score = f"{metrics['charts/score'].mean():.2f}".replace("nan", "–")
             status = f"score {score}  {steps_per_second:,.0f} steps/s"
             progress.update(bar, completed=update, description=status)
             if not console.is_terminal:  # where no bar can be drawn, as in the log of a batch job

@@ -91,7 +91,7 @@ class Args:
     env_id: str = "MemoryChain-bsuite"  # any gymnax environment with a flat Box observation and Discrete actions
     memory_length: int = 128  # step, from 0, that asks for the cue; above 200 with flags of benchmarks/memory_length.py
     env_params: dict[str, float] = field(default_factory=dict)  # numbers of its EnvParams to override: NAME VALUE ...
-    truncation_is_terminal: bool = False  # a time limit is a real end: what would have come after it counts for nothing
+    truncation_is_terminal: bool = False  # a time limit is a real end: no value of what would have come after it
     eval_episodes: int = 128  # greedy episodes of each seed in the evaluation at the end
 
     # ---- sequence model
@@ -117,7 +117,7 @@ class Args:
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
     clip_coef: float = 0.2  # epsilon of the clipped objective
     ent_coef: float = 0.0  # weight of the entropy bonus
-    anneal_ent_coef: bool = False  # lower --ent-coef to zero over the run, by the square of what is left of it
+    anneal_ent_coef: bool = False  # lower --ent-coef to zero over the run, as (1 - progress)^2
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # global norm the gradient is clipped to
 
@@ -143,12 +143,11 @@ class Args:
         for f in dataclasses.fields(self):
             flag, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
             zero_is_fine = f.name in may_be_zero
-            any_size = type(value) is float or f.name == "total_timesteps"
-            too_large = np.inf if any_size else 2**31  # arrays count in 32 bits
+            limit = np.inf if type(value) is float or f.name == "total_timesteps" else 2**31  # arrays count in 32 bits
             # Written so that NaN is refused too.
-            if f.type in (int, float) and not (0 < value < too_large or (value == 0 and zero_is_fine)):
+            if f.type in (int, float) and not (0 < value < limit or (value == 0 and zero_is_fine)):
                 use = "of 0 or more" if zero_is_fine else "above 0"
-                raise ValueError(f"{flag} {value}: use a number {use}, and below {too_large}")
+                raise ValueError(f"{flag} {value}: use a number {use}, and below {limit}")
             if f.name in ("gamma", "gae_lambda") and value > 1:
                 raise ValueError(f"{flag} {value} is too large: use 1 or less")
         if self.key_size % 2:
@@ -167,15 +166,13 @@ class Args:
                 f"{-(-self.num_envs // shares) * shares}"
             )
         if self.total_timesteps < self.batch_size:
-            raise ValueError(
-                f"--total-timesteps {self.total_timesteps} is less than a rollout of --num-envs {self.num_envs} times "
-                f"--num-steps {self.num_steps}: use {self.batch_size} or more"
-            )
+            rollout = f"a rollout, --num-envs {self.num_envs} x --num-steps {self.num_steps}"
+            raise ValueError(f"--total-timesteps {self.total_timesteps} is less than {rollout}: use {self.batch_size}")
 
 
 # ==== Environment: N copies of one task behind `reset` and `step` =====================================================
 class Timestep(NamedTuple):
-    """What N environments return. From `reset`: reset is True and rewards are zero. From `step`: reset equals done."""
+    """What N environments return: `Environment.reset` with reset True, rewards zero; `step` with reset = done."""
 
     obs: jax.Array  # (N, O) what the agent sees next
     reset: jax.Array  # (N,) bool: obs is the first of an episode, so the memory must not look back past it
@@ -213,9 +210,6 @@ class Environment:
         except OSError as error:
             raise ValueError(f"--env-id {args.env_id} needs data that could not be loaded: {error}") from None
         fields = [f.name for f in dataclasses.fields(params)]
-        unknown = [name for name in args.env_params if name not in fields]
-        if unknown:
-            raise ValueError(f"--env-params {unknown[0]} is no field of {args.env_id}: use {', '.join(fields)}")
         overrides = args.env_params
         if args.env_id == "MemoryChain-bsuite":
             if "memory_length" in overrides:
@@ -223,11 +217,11 @@ class Environment:
             # The default limit of 1,000 steps would end longer memories before their question.
             overrides = {"memory_length": args.memory_length, "max_steps_in_episode": 2**30} | overrides
         for name, value in overrides.items():
+            if name not in fields:
+                raise ValueError(f"--env-params {name} is no field of {args.env_id}: use {', '.join(fields)}")
             default = getattr(params, name)
             if not isinstance(default, int | float):
-                raise ValueError(
-                    f"--env-params {name} of {args.env_id} is an array, which no flag can set: leave it out"
-                )
+                raise ValueError(f"--env-params {name} is an array, which no flag can set: leave it out")
             if not np.isfinite(value) or type(default)(value) != value:
                 raise ValueError(f"--env-params {name} {value}: use a number of the kind of its default, {default}")
             params = params.replace(**{name: type(default)(value)})
@@ -250,16 +244,15 @@ class Environment:
 
     def reset(self, key, params, num_envs) -> tuple[EnvState, Timestep]:
         obs, inner = jax.vmap(self.env.reset, (0, None))(jax.random.split(key, num_envs), params)
-        zero, count, true = jnp.zeros(num_envs), jnp.zeros(num_envs, jnp.int32), jnp.ones(num_envs, bool)
-        obs = self.agent_obs(obs, count, zero, true)  # whatever the action: it is hidden at a reset
-        return EnvState(inner, zero, count), Timestep(obs, true, zero, ~true, ~true, obs, zero, count)
+        zeros, none, true = jnp.zeros(num_envs), jnp.zeros(num_envs, jnp.int32), jnp.ones(num_envs, bool)
+        obs = self.agent_obs(obs, none, zeros, true)  # whatever the action: it is hidden at a reset
+        return EnvState(inner, zeros, none), Timestep(obs, true, zeros, ~true, ~true, obs, zeros, none)
 
     def step(self, key, state, action, params) -> tuple[EnvState, Timestep]:
         """Steps all N environments with action (N,) int32; those that end start anew, each from a fresh state."""
         keys = jax.random.split(key, action.shape[0])
-        obs, inner, reward, terminated, truncated, info = jax.vmap(self.env.step, (0, 0, 0, None))(
-            keys, state.inner, action, params
-        )
+        step = jax.vmap(self.env.step, (0, 0, 0, None))
+        obs, inner, reward, terminated, truncated, info = step(keys, state.inner, action, params)
         reward, done = reward.astype(jnp.float32), terminated | truncated
         timestep = Timestep(
             obs=self.agent_obs(obs, action, reward, done),
@@ -417,15 +410,15 @@ class ActorCritic(nn.Module):
             hidden = nn.relu(dense(nn.relu(dense(x, self.args.head_size)), self.args.head_size))
             return dense(hidden, size, scale)
 
-        # Both begin near zero. A random value function would look like advantages, and where rewards are rare
-        # normalisation blows those up until the policy has drifted to a corner before the first reward counts.
+        # Both last layers begin near zero. A random value function would look like advantages; where rewards are rare,
+        # normalisation blows those up, and the policy is nearly deterministic before the first reward counts.
         logits = head(self.num_actions, 0.01).reshape(T, N, self.num_actions)
         return carry, logits, head(1, 0.01).reshape(T, N)
 
 
 # ==== PPO =============================================================================================================
 class Transition(NamedTuple):
-    """A rollout, every field with leading axes (T, N)."""
+    """A step of N environments; scanned over a rollout, every field has leading axes (T, N)."""
 
     obs: jax.Array
     reset: jax.Array  # obs[t] is the first of an episode: what the memory goes by
@@ -452,9 +445,8 @@ class TrainState(NamedTuple):
 def gae(reward, value, done, last_value, gamma, gae_lambda):
     """Generalised advantage estimates (Schulman et al. 2016), (T, N) as the first three arguments are.
 
-    last_value (N,) is the value of the observation after the last step.
-
-    `done` stops both the bootstrap and the trace. Where a time limit is no real end, its value is already in reward.
+    last_value (N,) is the value of the observation after the last step. `done` stops both the bootstrap and the trace.
+    Where a time limit is no real end, its value is already in reward.
     """
 
     def step(later, inputs):
@@ -508,13 +500,13 @@ def make_train(args, env):
     """Two pure functions: `init(key)` gives a TrainState; `train(state)` runs log_interval updates on it.
 
     Both are one program for all devices (SPMD): each device steps and learns from its own share of the environments,
-    whose advantages it normalises, and averages its gradients with the others', so that all have the same parameters.
+    normalises the advantages of its share of a minibatch, and averages its gradients with the others', so that all have
+    the same parameters.
     """
     num_envs = args.num_envs // args.num_devices
     network = ActorCritic(args, env.num_actions)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(args.max_grad_norm), optax.adam(learning_rate_schedule(args), eps=1e-5)
-    )
+    adam = optax.adam(learning_rate_schedule(args), eps=1e-5)
+    optimizer = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adam)
 
     def init(key) -> TrainState:
         key, env_key, params_key = jax.random.split(key, 3)
@@ -549,8 +541,8 @@ def make_train(args, env):
         key, device_key = jax.random.split(state.key)
         device_key = jax.random.fold_in(device_key, jax.lax.axis_index("devices"))
         act_key, *epoch_keys = jax.random.split(device_key, 1 + args.update_epochs)
-        # By the square: the bonus has to be gone while steps are still long enough to learn what follows from that, the
-        # more regular actions among which the memory is then read (benchmarks/LOG.md, item 17).
+        # Squared, so that the bonus fades well before the step size does: as actions become regular, the network has to
+        # learn anew to read its memory among them (benchmarks/LOG.md, item 17).
         ent_coef = args.ent_coef * ((1 - state.num_updates / args.num_updates) ** 2 if args.anneal_ent_coef else 1)
         first_carry = state.carry  # as acting left it; each pass over the rollout starts from it again
         state, (batch, episodes) = jax.lax.scan(act, state, jax.random.split(act_key, args.num_steps))
@@ -564,7 +556,7 @@ def make_train(args, env):
             carry = jax.tree.map(lambda x: x[env_ids], first_carry)
             minibatch = jax.tree.map(lambda x: x[:, env_ids], (batch, advantage, target))
             grads, losses = jax.grad(ppo_loss, has_aux=True)(params, network, carry, *minibatch, ent_coef, args)
-            flat, unflatten = ravel_pytree(grads)  # one message between devices, not one an array
+            flat, unflatten = ravel_pytree(grads)  # one all-reduce, not one an array
             flat = jax.lax.pmean(flat, "devices")
             losses["losses/grad_norm"] = jnp.linalg.norm(flat)
             updates, opt_state = optimizer.update(unflatten(flat), opt_state, params)
@@ -578,12 +570,12 @@ def make_train(args, env):
         return state, (jax.tree.map(jnp.mean, losses), jax.tree.map(jnp.sum, episodes))
 
     def train(state: TrainState) -> tuple[TrainState, dict]:
-        """Metrics are means over updates, or over all episodes that ended, NaN if none did."""
+        """Metrics are means over updates, or over the episodes that ended, NaN if none did, and their number."""
         state, (losses, episodes) = jax.lax.scan(update, state, length=args.log_interval)
         metrics = jax.lax.pmean(jax.tree.map(jnp.mean, losses), "devices")
         sums = jax.lax.psum(jax.tree.map(jnp.sum, episodes), "devices")
-        count = metrics["charts/episodes"] = sums.pop("charts/episodes")
-        return state, metrics | {name: total / count for name, total in sums.items()}
+        count = sums.pop("charts/episodes")
+        return state, metrics | {"charts/episodes": count} | {name: total / count for name, total in sums.items()}
 
     split, copied = jax.P("devices"), jax.P()
     specs = TrainState(copied, copied, split, split, split, split, copied, copied)
@@ -611,10 +603,9 @@ def evaluate(params, key, env_params, greedy, args, env):
         action = jnp.where(greedy, logits[0].argmax(-1), jax.random.categorical(action_key, logits[0]))
         env_state, timestep = env.step(env_key, env_state, action, env_params)
 
-        def stay(old, new):  # where the episode has ended its last Timestep counts, whatever comes of the next one
-            return jnp.where(last.done.reshape(-1, *[1] * (new.ndim - 1)), old, new)
-
-        return env_state, jax.tree.map(stay, last, timestep), carry, key
+        # Where the episode has ended its last Timestep stays, whatever comes of the next one.
+        stay = jax.vmap(lambda done, old, new: jax.tree.map(partial(jnp.where, done), old, new))
+        return env_state, stay(last.done, last, timestep), carry, key
 
     def unfinished(state):
         _, last, _, _ = state
@@ -626,7 +617,7 @@ def evaluate(params, key, env_params, greedy, args, env):
 
 # ==== Run directory ===================================================================================================
 def new_run_dir(args, task) -> Path:
-    now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # to the microsecond, for runs that a loop starts at once
+    now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # several may start in one second
     run_dir = Path("runs") / f"{Path(__file__).stem}__{task}__{args.seed}__{now}"
     run_dir.mkdir(parents=True)
     failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
@@ -643,13 +634,15 @@ def new_run_dir(args, task) -> Path:
 
 
 class MetricsLog:
-    """Appends a row per call and seed to metrics.csv, TensorBoard and, with --track, Weights & Biases."""
+    """Appends a row per call of `train` and seed to metrics.csv, TensorBoard and, with --track, Weights & Biases."""
 
     def __init__(self, run_dir, args, last_update):
         from tensorboardX import SummaryWriter
 
         self.path, self.args = run_dir / "metrics.csv", args
-        if self.path.exists():  # a resumed run: forget what was logged after its checkpoint
+        if (
+            self.path.exists() and self.path.stat().st_size
+        ):  # a resumed run: forget what was logged after its checkpoint
             head, *rows = self.path.read_text().splitlines(keepends=True)
             self.path.write_text(head + "".join(row for row in rows if int(row.split(",")[0]) <= last_update))
         first_step = last_update * args.batch_size + 1
@@ -666,16 +659,16 @@ class MetricsLog:
         args, step = self.args, update * self.args.batch_size
         gradient_steps = update * args.update_epochs * args.num_minibatches
         for i, writer in enumerate(self.writers):
-            row = {name: float(values[i]) for name, values in metrics.items()}
-            row = {name: None if np.isnan(value) else value for name, value in row.items()}  # no episode: no number
+            # NaN, where no episode ended, becomes an empty cell.
+            row = {name: None if np.isnan(x[i]) else float(x[i]) for name, x in metrics.items()}
             row["charts/learning_rate"] = float(learning_rate_schedule(args)(gradient_steps - 1))
-            row["charts/SPS"] = round(steps_per_second)
+            row["charts/SPS"] = round(steps_per_second)  # of all seeds together
+            line = {"update": update, "global_step": step, "seed": args.seed + i} | row
             with self.path.open("a", newline="") as f:
-                where = {"update": update, "global_step": step, "seed": args.seed + i}
-                table = csv.DictWriter(f, where | row, lineterminator="\n")
+                table = csv.DictWriter(f, line, lineterminator="\n")
                 if f.tell() == 0:
                     table.writeheader()
-                table.writerow(where | row)
+                table.writerow(line)
             scalars = {name: value for name, value in row.items() if value is not None}
             for name, value in scalars.items():
                 writer.add_scalar(name, value, step)
@@ -751,20 +744,19 @@ def setup() -> tuple[Args, Environment]:
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"--resume {args.resume}/config.json is damaged: it cannot go on") from None
             if flags_of_run != dataclasses.asdict(args).keys():
-                raise ValueError(f"--resume {args.resume} is of another script, or version (git_commit in config.json)")
+                raise ValueError(
+                    f"--resume {args.resume} is of another script or version (git_commit in config.json): use that"
+                )
             longer = {"total_timesteps": args.total_timesteps} if "--total-timesteps" in given else {}
             args = Args(**stored["args"] | {"resume": args.resume} | longer)
-            if args.total_timesteps < (before := stored["args"]["total_timesteps"]):
-                raise ValueError(
-                    f"--total-timesteps {args.total_timesteps} is less than the run's own: use {before} or more"
-                )
+            if args.total_timesteps < (own := stored["args"]["total_timesteps"]):
+                raise ValueError(f"--total-timesteps {args.total_timesteps} is below the run's own: use {own} or more")
         args.check()
         if args.track and not importlib.util.find_spec("wandb"):
             raise ValueError("--track needs Weights & Biases, which is not installed: pip install wandb")
         if args.num_devices > len(jax.devices()):
             raise ValueError(f"--num-devices {args.num_devices} is more than there are: use {len(jax.devices())}")
-        env = Environment(args)
-        return args, env
+        return args, Environment(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -797,12 +789,8 @@ def main():
             try:
                 state = checkpoints.restore(update, args=ocp.args.StandardRestore(state))
             except (ValueError, KeyError):
-                print(
-                    f"error: --resume {run_dir} has a checkpoint that does not fit this version of the script: go on "
-                    "with the version in its config.json, git_commit",
-                    file=sys.__stderr__,
-                    flush=True,
-                )
+                why = "has a checkpoint that does not fit this script: use its version, git_commit in config.json"
+                print(f"error: --resume {run_dir} {why}", file=sys.__stderr__, flush=True)
                 os._exit(2)
         logging.disable(logging.NOTSET)
     if args.resume:  # --total-timesteps may be new
@@ -823,7 +811,7 @@ def main():
     console.print(f"compiled in {compile_seconds:.0f} s; needs {working:,.0f} MiB of memory, the train state included")
     # env_params are arguments of the compiled program: one compilation serves every memory length.
     eval_fn = jax.jit(jax.vmap(partial(evaluate, args=args, env=env), (0, 0, None, None)))
-    eval_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)  # far from what init splits off
+    eval_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)  # no key that init splits off
     zero_params = jax.tree.map(jnp.zeros_like, state.params)  # all logits equal: uniformly random actions
     chance = float(eval_fn(zero_params, eval_keys, env.params, False)[0].mean())
 
@@ -839,10 +827,8 @@ def main():
             call_seconds = time.time() - call_start
             device_seconds += call_seconds
             if not np.isfinite(metrics["losses/grad_norm"]).all():
-                raise SystemExit(
-                    f"error: the gradient was not finite after update {update} of {run_dir}; no later one is saved: "
-                    "start a new run with a smaller --learning-rate"
-                )
+                why = f"the gradient was not finite after update {update} of {run_dir}; no later one is saved"
+                raise SystemExit(f"error: {why}: start a new run with a smaller --learning-rate")
             update += args.log_interval
             steps_per_second = args.log_interval * args.batch_size * args.num_seeds / call_seconds
             log.write(update, metrics, steps_per_second)
