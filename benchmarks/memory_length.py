@@ -43,7 +43,7 @@ PAPER = {
 SCRIPTS = {"S5": "s5_ppo_memory.py", "LSTM": "lstm_ppo.py", "Transformer": "transformer_ppo.py"}
 SEARCH_LENGTH, SEARCH_SEEDS = 256, 2
 # Of each seed, about; the paper has 10,000 at every length.
-EPISODES = {256: 2500, 512: 2500, 1024: 2000, 2048: 2500, 4096: 2500}  # 5,000 up to 128
+EPISODES = {256: 2500, 512: 2500, 1024: 2000, 2048: 2500, 4096: 4500}  # 5,000 up to 128
 # A lambda of 0: one action counts, and credit spread over the ones before it is noise.
 NAMES = ("gae-lambda", "learning-rate", "ent-coef")
 GRID = [dict(zip(NAMES, values, strict=True)) for values in product((0.0, 0.95), (3e-4, 1e-3), (0.01, 0.1))]
