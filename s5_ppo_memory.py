@@ -25,7 +25,7 @@ no credit for the actions that do not count (--gae-lambda 0), and a policy kept 
 (--ent-coef); one seed of length 1,024:
 
     python s5_ppo_memory.py --memory-length 1024 --num-envs 16 --num-steps 2048 --update-epochs 8 --gae-lambda 0 \
-        --dt-min 0.0004 --dt-max 0.0125 --ent-coef 0.1 --anneal-ent-coef --learning-rate 3e-4 --anneal-lr \
+        --dt-min 0.0004 --dt-max 0.0125 --ent-coef 0.1 --anneal-ent-coef --learning-rate 3e-4 \
         --total-timesteps 2050000
 
 benchmarks/LOG.md tells how that was found.
@@ -114,7 +114,7 @@ class Args:
     num_minibatches: int = 4  # minibatches of a pass over the rollout, each of whole environments
     update_epochs: int = 4  # passes over each rollout
     learning_rate: float = 1e-3  # step size of Adam
-    anneal_lr: bool = False  # lower the step size linearly to zero over the run
+    anneal_lr: bool = True  # lower the step size linearly to zero over the run
     gamma: float = 0.99  # discount of a step
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
     clip_coef: float = 0.2  # epsilon of the clipped objective

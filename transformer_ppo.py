@@ -112,7 +112,7 @@ class Args:
     num_minibatches: int = 4  # minibatches of a pass over the rollout, each of whole environments
     update_epochs: int = 4  # passes over each rollout
     learning_rate: float = 1e-3  # step size of Adam
-    anneal_lr: bool = False  # lower the step size linearly to zero over the run
+    anneal_lr: bool = True  # lower the step size linearly to zero over the run
     gamma: float = 0.99  # discount of a step
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
     clip_coef: float = 0.2  # epsilon of the clipped objective

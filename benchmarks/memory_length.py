@@ -85,7 +85,7 @@ def flags(model, length, args, settings):
 
 def train(model, length, args, settings):
     """Runs one model at one length; rows for the table."""
-    command = [sys.executable, str(HERE.parent / SCRIPTS[model]), "--anneal-lr", "--anneal-ent-coef"]
+    command = [sys.executable, str(HERE.parent / SCRIPTS[model]), "--anneal-ent-coef"]
     command += [str(x) for name, value in flags(model, length, args, settings).items() for x in (f"--{name}", value)]
     print(" ".join(command[1:]), flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -161,7 +161,7 @@ def test_the_other_models_go_on_as_if_never_stopped(tmp_path, script, own):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for cwd, total in ((whole, 256), (parts, 128)):
         cwd.mkdir()
-        code, out, err = finish(start(cwd, f"{SMALL} {own} --total-timesteps {total}", script))
+        code, out, err = finish(start(cwd, f"{SMALL} {own} --no-anneal-lr --total-timesteps {total}", script))
         assert code == 0 and "parameters" in out and "MiB" in out, err
     code, out, err = finish(start(parts, f"--resume {run_dir(parts)} --total-timesteps 256", script))
     assert code == 0 and "update 6 of 8" in out and "update 4 of 8" not in out, err
@@ -308,7 +308,7 @@ def test_another_task_with_two_seeds_stops_and_goes_on(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for cwd, total in ((whole, 1024), (parts, 512)):
         cwd.mkdir()
-        code, out, err = finish(start(cwd, f"{flags} --total-timesteps {total}"))
+        code, out, err = finish(start(cwd, f"{flags} --no-anneal-lr --total-timesteps {total}"))
         assert code == 0 and "mean return" in out, err
     code, _, err = finish(start(parts, f"--resume {run_dir(parts)} --total-timesteps 1024"))
     assert code == 0, err
@@ -325,7 +325,7 @@ def test_metrics_go_to_tensorboard_and_to_weights_and_biases_under_the_same_name
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: wandb))
     monkeypatch.setattr("tensorboardX.SummaryWriter.add_scalar", lambda _, *scalar: written.append(scalar))
     (tmp_path / "config.json").write_text("{}")
-    log = s5_ppo_memory.MetricsLog(tmp_path, Args(track=True, num_envs=4, num_steps=8), 0)
+    log = s5_ppo_memory.MetricsLog(tmp_path, Args(track=True, anneal_lr=False, num_envs=4, num_steps=8), 0)
     metrics = {"charts/episodic_return": np.array([0.5]), "charts/episodic_length": np.array([np.nan])}
     log.write(10, metrics, 1000.0)
     log.close()
