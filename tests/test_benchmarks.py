@@ -9,6 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import foresight
 import memory_length
+import s5_layer
 import scaling
 
 
@@ -59,3 +60,12 @@ def test_an_acting_step_computes_the_whole_network():
     weights = sum(x.size for x in scaling.jax.tree.leaves(inputs[0]) if x.ndim == 2)
     flops = function.lower(*inputs).compile().cost_analysis()["flops"]
     assert flops > 2 * 32 * weights
+
+
+def test_the_layers_that_are_compared_compute_the_same():
+    compiled = [s5_layer.compile_layer(scan, 32) for scan in s5_layer.SCANS.values()]
+    after = [function(*inputs) for function, inputs in compiled]
+    for other in after[1:]:
+        scaling.jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), after[0], other)
+    moved = scaling.jax.tree.map(lambda x, y: float(np.abs(x - y).max()), after[0], compiled[0][1])
+    assert max(scaling.jax.tree.leaves(moved)) > 1e-7
