@@ -20,7 +20,7 @@ model.
     python transformer_ppo.py --resume runs/RUN        # goes on after Ctrl-C or a kill
 
 What to expect, on one core of a cloud machine's CPU on 2026-11-23, with --no-anneal-lr and seed 0 alone: it takes 141
-seconds from process start, 22 of them for compiling, at 6,200 steps per second, and answer 128 of 128 questions right;
+seconds from process start, 22 of them for compiling, at 6,200 steps per second, and answers 128 of 128 questions right;
 at memories of 64, 256 and 512 it is at chance (at 512 the cue is out of its window). An acting step reads
 --context-length keys in every block, where S5 and the LSTM read one state, and the time of an update grows as
 --num-steps times --context-length. A step further back is out of sight, except through a step in between, if training
