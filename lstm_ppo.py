@@ -300,7 +300,7 @@ class SequenceModel(nn.Module):
     def __call__(self, carry, x, reset):
         T, N, D = x.shape
         next_carry = []
-        for state in carry:
+        for state in carry:  # one a block
             state, y = LSTM(self.args)(state, nn.LayerNorm()(x), reset)
             y = nn.gelu(y).reshape(T * N, D)
             x = x + (y * nn.sigmoid(nn.Dense(D)(y))).reshape(T, N, D)

@@ -373,7 +373,7 @@ class SequenceModel(nn.Module):
     def __call__(self, carry, x, reset):
         T, N, D = x.shape
         next_carry = []
-        for cache in carry:
+        for cache in carry:  # one a block
             cache, y = Attention(self.args)(cache, nn.LayerNorm()(x), reset)
             x = x + y
             y = nn.gelu(nn.Dense(self.args.mlp_size)(nn.LayerNorm()(x).reshape(T * N, D)))
