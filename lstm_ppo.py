@@ -565,9 +565,7 @@ class MetricsLog:
         from tensorboardX import SummaryWriter
 
         self.path, self.args = run_dir / "metrics.csv", args
-        if (
-            self.path.exists() and self.path.stat().st_size
-        ):  # a resumed run: forget what was logged after its checkpoint
+        if self.path.exists() and self.path.stat().st_size:  # resumed: forget what was logged after the checkpoint
             head, *rows = self.path.read_text().splitlines(keepends=True)
             self.path.write_text(head + "".join(row for row in rows if int(row.split(",")[0]) <= last_update))
         first_step = last_update * args.batch_size + 1
@@ -669,9 +667,7 @@ def setup() -> tuple[Args, Environment]:
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"--resume {args.resume}/config.json is damaged: it cannot go on") from None
             if flags_of_run != dataclasses.asdict(args).keys():
-                raise ValueError(
-                    f"--resume {args.resume} is of another script or version (git_commit in config.json): use that"
-                )
+                raise ValueError(f"--resume {args.resume} is of another script, or version (git_commit in config.json)")
             longer = {"total_timesteps": args.total_timesteps} if "--total-timesteps" in given else {}
             args = Args(**stored["args"] | {"resume": args.resume} | longer)
             if args.total_timesteps < (own := stored["args"]["total_timesteps"]):

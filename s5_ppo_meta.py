@@ -1132,9 +1132,7 @@ class MetricsLog:
         from tensorboardX import SummaryWriter
 
         self.path, self.args = run_dir / "metrics.csv", args
-        if (
-            self.path.exists() and self.path.stat().st_size
-        ):  # a resumed run: forget what was logged after its checkpoint
+        if self.path.exists() and self.path.stat().st_size:  # resumed: forget what was logged after the checkpoint
             head, *rows = self.path.read_text().splitlines(keepends=True)
             self.path.write_text(head + "".join(row for row in rows if int(row.split(",")[0]) <= last_update))
         first_step = last_update * args.batch_size + 1

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,6 +162,32 @@ def test_seeds_side_by_side_and_dashes_for_what_was_not_measured(tmp_path):
     for name in ("metrics.csv", "adaptation.csv", "evaluations.csv"):
         assert not any("nan" in row.values() for row in rows(path, name)), name
     assert "nan" not in out and "Warning" not in err
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_does_not_fit_its_flags_is_refused_by_both_uses(tmp_path, uninterrupted):
+    copy = shutil.copytree(uninterrupted[0], tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["args"]["d_model"] *= 2
+    (copy / "config.json").write_text(json.dumps(config))
+    for flag in ("--eval-only", "--resume"):
+        code, _, err = run(tmp_path, f"{flag} {copy}")
+        assert_refused(code, err, flag, "git_commit")
+
+
+@pytest.mark.slow
+def test_an_evaluation_in_which_no_episode_begins_late_keeps_the_earlier_ones(tmp_path):
+    """An episode of mountain-car takes a thousand steps of an agent that cannot climb, far more than these trials."""
+    code, _, err = run(tmp_path, f"{TINY.replace('cartpole-positions', 'pendulum')} --total-timesteps 64")
+    assert code == 0, err
+    before = rows(run_dir(tmp_path), "evaluations.csv")
+    assert before
+    config = json.loads((run_dir(tmp_path) / "config.json").read_text())
+    config["args"] |= {"trial_length": 40, "trial_episodes": 0}  # as if it had been trained on steps
+    (run_dir(tmp_path) / "config.json").write_text(json.dumps(config))
+    code, out, err = run(tmp_path, f"--eval-only {run_dir(tmp_path)} --eval-trial-length 40")
+    assert code == 0, err
+    assert "–" in out and rows(run_dir(tmp_path), "evaluations.csv") == before
 
 
 @pytest.mark.slow
