@@ -88,7 +88,7 @@ class Task(NamedTuple):
     episode_length: int  # time limit, in steps
     zero: float  # return of one episode that scores 0: the better of random actions and no action at all
     one: float  # return that scores 1: a specialist, this script on the task alone, unprojected
-    spread: float  # of random actions' discounted returns: divides rewards until the first rollout; held out, always
+    spread: float  # of random actions' discounted returns: divides rewards of the first rollout; held out, always
     params: dict | None = None  # EnvParams to set; (low, high): drawn for each trial. Gymnax only, as the next two
     seen: tuple = ()  # entries of the observation the agent sees; all, if empty
     reward_scale: float = 1.0
@@ -178,7 +178,7 @@ class Args:
     tf32: bool = False  # let NVIDIA GPUs use TF32; acting and learning then differ by about 1e-3
 
     # ---- tasks; what is None here comes from the suite
-    suite: Literal["cartpole", "classic", "bodies", "locomotion"] = "cartpole"  # tasks, sizes and trials, in SUITES
+    suite: Literal[tuple(SUITES)] = "cartpole"  # tasks, sizes and trials
     train_tasks: tuple[str, ...] | None = None  # names of TASKS, each with an equal share of NUM_ENVS
     held_out_tasks: tuple[str, ...] | None = None  # tasks to evaluate on only
     projected_obs_size: int | None = None  # entries of the projected observation
@@ -300,7 +300,8 @@ class Timestep(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """What new episodes and trials draw from, with replacement: n start states and, apart from them, bodies and pairs.
+    """What new episodes and trials draw from, with replacement: n start states and, apart from them, n pairs of
+    matrices with bodies.
 
     Redrawn every rollout. To draw where an episode ends means to reset all n copies at every step, which takes brax
     longer than the step.
@@ -343,11 +344,11 @@ class CopiesOf:
     The task's observation o is squashed to arcsinh(o), linear below 1 and logarithmic above: so the large velocities of
     some task need no statistics, and small motions stay linear, which is the easiest to undo. The agent sees arcsinh(o)
     @ obs_matrix, of uniformly random orthonormal rows times sqrt(projected size / o's size): distances are kept up to
-    that factor, no information is lost, and an entry has the same variance whatever the size of o: the projection adds
-    neither padding nor a scale that would tell the task. The task gets clip(action @ action_matrix, -1, 1), the range
-    of every task's actions here. The columns of that matrix are orthonormal: each of the task's actions is reached, by
-    an action of the agent that has the same norm. Fields of the task's parameters that have a range, its body, are
-    drawn uniformly.
+    that factor, no information is lost, and an entry has the mean variance of o's entries, whatever their number: the
+    projection adds neither padding nor a scale that would tell the task. The task gets clip(action @ action_matrix, -1,
+    1), the range of every task's actions here. The columns of that matrix are orthonormal: each of the task's actions
+    is reached, by an action of the agent that has the same norm. Fields of the task's parameters that have a range, its
+    body, are drawn uniformly.
     """
 
     def __init__(self, name, args):
@@ -444,7 +445,8 @@ class CopiesOf:
         trial_step, episode = (begun, steps) if self.args.trial_length else (steps, begun)
         action = jnp.zeros((n, self.args.projected_action_size))
         obs = self.agent_obs(pool.obs, pool.obs_matrix, action, zero, true, true)
-        state = EnvState(pool.inner, *pool[2:], pool, trial_step, episode, steps, zero, zero)
+        of_trial = pool.obs_matrix, pool.action_matrix, pool.body
+        state = EnvState(pool.inner, *of_trial, pool, trial_step, episode, steps, zero, zero)
         return state, Timestep(obs, true, zero, ~true, ~true, obs, zero, zero, zero)
 
     def step(self, key, state: EnvState, action, spread, trials_end) -> tuple[EnvState, Timestep]:
@@ -467,10 +469,11 @@ class CopiesOf:
             return jax.tree.map(lambda x, y: jnp.where(where.reshape((n,) + (1,) * (x.ndim - 1)), x, y), new, old)
 
         starts, trials = (jax.random.randint(k, (n,), 0, n) for k in (start_key, trial_key))
-        new_start = jax.tree.map(lambda x: x[starts], state.pool[:2])
-        fresh = jax.tree.map(lambda x: x[trials], state.pool[2:])
+        pool, now = state.pool, (state.obs_matrix, state.action_matrix, state.body)
+        new_start = jax.tree.map(lambda x: x[starts], (pool.inner, pool.obs))
+        fresh = jax.tree.map(lambda x: x[trials], (pool.obs_matrix, pool.action_matrix, pool.body))
         inner, obs = choose(done, new_start, (inner, obs))
-        obs_matrix, action_matrix, body = choose(new_trial, fresh, (state.obs_matrix, state.action_matrix, state.body))
+        obs_matrix, action_matrix, body = choose(new_trial, fresh, now)
         episode_return = state.episode_return + raw_reward
         discounted_return = self.args.gamma * state.discounted_return + raw_reward
         obs, truncated = self.agent_obs(obs, obs_matrix, action, reward, done, new_trial), done & ~terminated
@@ -792,7 +795,7 @@ def ppo_loss(params, network, carry, batch, advantage, target, ent_coef, args):
     _, policy, value, prediction = network.apply(params, carry, batch.obs, batch.reset, batch.action)
     log_prob, entropy = gaussian(policy, batch.action)
     log_ratio = log_prob - batch.log_prob
-    ratio = jnp.exp(log_ratio)
+    ratio = jnp.exp(jnp.minimum(log_ratio, 20.0))  # finite, however far a step went that `learn` is about to skip
     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     clipped = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -jnp.minimum(ratio * advantage, clipped * advantage).mean()
@@ -953,8 +956,9 @@ def evaluate(params, spread, key, memory, args, env):
     """Raw rewards and episode ends, (S, K E) each: S steps of E = eval_trials trials of each of env's K tasks.
 
     memory: index of MEMORIES. The trials of one key have the same matrices whatever the memory. Actions are sampled, as
-    in training: to explore is part of the policy. The weights are fixed. S is long enough for every
-    episode begun within the trial to be whole. Returns also, for --render, brax's states of the first trial, or None.
+    in training: to explore is part of the policy. The weights are fixed. S is long enough for every episode begun
+    within the trial to be whole. With --no-reset-memory the kept memory comes from a trial on other matrices, which
+    goes before. Returns also, for --render, brax's states of the first trial, or None.
     """
     network, num_envs = ActorCritic(args), len(env.names) * args.eval_trials
     reset_key, key = jax.random.split(key)
@@ -964,7 +968,8 @@ def evaluate(params, spread, key, memory, args, env):
     def step(state, key):
         env_state, timestep, carry = state
         action_key, env_key = jax.random.split(key)
-        reset = timestep.reset | ((memory == 1) & timestep.done) | (memory == 2)
+        new_trial = timestep.reset & (args.reset_memory | (memory > 0))
+        reset = new_trial | ((memory == 1) & timestep.done) | (memory == 2)
         # Where the memory is wiped, the agent sees what it saw in training when its memory was empty: a trial's first
         # observation, without previous action and reward, which would be a memory too. (PointRobot-misc observes both
         # by itself, so that there a memory of one step is left.)
@@ -978,12 +983,17 @@ def evaluate(params, spread, key, memory, args, env):
 
     def rollout(state, key):
         redraw_key, key = jax.random.split(key)
-        state = env.redraw(redraw_key, state[0]), *state[1:]  # new start states as often as in training
+        env_state, *rest = state
+        state = env.redraw(redraw_key, env_state), *rest  # new start states as often as in training
         return jax.lax.scan(step, state, jax.random.split(key, args.num_steps))
 
-    start = (*env.reset(reset_key, num_envs), network.initial_carry(num_envs))
     rollouts = jax.random.split(key, -(-num_steps // args.num_steps))  # the last one is cut off
-    return jax.tree.map(lambda x: jnp.concatenate(x)[:num_steps], jax.lax.scan(rollout, start, rollouts)[1])
+    carry = network.initial_carry(num_envs)
+    if not args.reset_memory:
+        before = (*env.reset(jax.random.fold_in(reset_key, 1), num_envs), carry)
+        (_, _, carry), _ = jax.lax.scan(rollout, before, jax.vmap(partial(jax.random.fold_in, data=1))(rollouts))
+    _, outcome = jax.lax.scan(rollout, (*env.reset(reset_key, num_envs), carry), rollouts)
+    return jax.tree.map(lambda x: jnp.concatenate(x)[:num_steps], outcome)
 
 
 def reward_spread(return_var, names, args):
@@ -1011,12 +1021,14 @@ def adaptation(rewards, dones, env, args):
     """What one evaluation shows, as rows of adaptation.csv.
 
     rewards, dones: (seeds, memories, S, K E). Of each task and memory, over the trials of all seeds: the score against
-    the index of the episode, the reward against the step of the trial in 20 parts, and the score over the second half
-    of the trial (mean over its episodes, then over trials), each with the half-width of a 95 % interval; and what raw
-    return a mean score stands for.
+    the index of the episode; against the step of the trial, in 20 parts, the reward, and the share of steps that end an
+    episode ("ends"); and the score over the second half of the trial (mean over its episodes, then over trials). Each
+    with the half-width of a 95 % interval (Student's t; too narrow, where what a trial can get depends on its starts,
+    as all draw them from the same pools); and what raw return a mean score stands for.
     """
-    length = args.eval_trial_length if args.trial_length else rewards.shape[2]
-    rows = []
+    from scipy import stats
+
+    steps, rows = np.arange(args.eval_trial_length if args.trial_length else rewards.shape[2]), []
     for k, name in enumerate(env.names):
         task, mine = TASKS[name], np.arange(rewards.shape[3]).reshape(len(env.names), -1)[k]
         for m, memory in enumerate(MEMORIES):
@@ -1027,15 +1039,20 @@ def adaptation(rewards, dones, env, args):
             half = {i: score[second & (trial == i)].mean() for i in np.unique(trial[second])}  # trial: score
             samples = [("second half", 0, np.array([*half.values()]))]
             samples += [("episode", i, score[index == i]) for i in range(int(index.max()) + 1)]
-            parts = np.array_split(reward[:length], min(20, length))
-            samples += [("step", length * (i + 0.5) / len(parts), part.mean(0)) for i, part in enumerate(parts)]
+            # Trials of few short episodes are over sooner: what their copies do afterwards does not count.
+            within = (np.cumsum(done, 0) - done < args.eval_trial_length) | bool(args.trial_length)
+            for part in np.array_split(steps, min(20, len(steps))):
+                count = within[part].sum(0)
+                for against, what in (("step", reward), ("ends", done)):
+                    mean = (what * within)[part].sum(0)[count > 0] / count[count > 0]
+                    samples += [(against, part.mean() + 0.5, mean)]
             if m == 0:
                 kept = half
             else:  # the same trial, that is the same matrices, with and without
                 samples += [("kept minus this", 0, np.array([kept[i] - half[i] for i in half if i in kept]))]
             for against, x, sample in (s for s in samples if len(s[2])):  # no episode may begin in the second half
                 mean, is_score = sample.mean(), against in ("second half", "episode")
-                width = 1.96 * sample.std(ddof=1) / np.sqrt(len(sample)) if len(sample) > 1 else np.nan
+                width = stats.sem(sample) * stats.t.ppf(0.975, len(sample) - 1) if len(sample) > 1 else np.nan
                 raw_return = task.zero + mean * (task.one - task.zero) if is_score else np.nan
                 row = {"task": name, "memory": memory, "against": against, "x": x, "mean": mean}
                 rows.append(row | {"interval": width, "trials": len(sample), "raw_return": raw_return})
@@ -1063,7 +1080,10 @@ def report(run_dir, rows, env, args, console):
     fig = Figure(figsize=(3 * len(env.names) + 1, 5), layout="constrained")
     axes = fig.subplots(2, len(env.names), squeeze=False)
     for name, column in zip(env.names, axes.T, strict=True):
-        for ax, against in zip(column, ("episode", "step"), strict=True):
+        # A reward for every step that the pole stands is the same at every step; when it falls tells more.
+        same = np.ptp([r["mean"] for r in rows if (r["task"], r["against"]) == (name, "step")]) < 1e-5
+        lower = "ends" if same else "step"
+        for ax, against in zip(column, ("episode", lower), strict=True):
             means = []
             for i, memory in enumerate(MEMORIES):
                 mine = pick(name, memory, against)  # less the episodes that only trials of short episodes came to
@@ -1077,7 +1097,8 @@ def report(run_dir, rows, env, args, console):
             trained = args.trial_episodes if against == "episode" else args.trial_length
             if trained:
                 ax.axvline(trained, color="grey", linestyle=":", linewidth=1)  # trials of training end here
-            ax.set(xlabel=f"{against} of the trial", ylabel="score" if against == "episode" else "reward per step")
+            ylabel = {"episode": "score", "step": "reward per step", "ends": "episodes that end, per step"}[against]
+            ax.set(xlabel=f"{against.replace('ends', 'step')} of the trial", ylabel=ylabel)
         column[0].set_title(titles[name])
     axes[0, 0].legend(fontsize="x-small")
     fig.savefig(run_dir / "adaptation.png", dpi=150)
@@ -1098,12 +1119,14 @@ def render(run_dir, frames, rewards, dones, env, args):
     """HTML pages of a trial's first and last episode; frames: brax states, (S, ...); rewards, dones: (S, 1)."""
     from brax.io import html
 
+    task = env.tasks[0].env
+    sys = task.sys.tree_replace({"opt.timestep": task.dt})  # the viewer takes this for the time between two frames
     starts = episodes_of(rewards, dones, args)[:, 2].astype(int)
     for which, start in (("first", starts[0]), ("last", starts[-1])):
         steps = range(start, start + dones[start:].argmax() + 1)
         states = [jax.tree.map(lambda x, t=t: x[t], frames) for t in steps]
         path = run_dir / f"{env.names[0]}_{which}_episode.html"
-        path.write_text(html.render(env.tasks[0].env.sys, states))
+        path.write_text(html.render(sys, states))
         print(path)
 
 

@@ -44,10 +44,10 @@ SCRIPTS = {"S5": "s5_ppo_memory.py", "LSTM": "lstm_ppo.py", "Transformer": "tran
 SEARCH_LENGTH, SEARCH_SEEDS = 256, 2
 # Of each seed, about; the paper has 10,000 at every length.
 EPISODES = {256: 2500, 512: 2500, 1024: 2000, 2048: 2500, 4096: 4500}  # 5,000 up to 128
-# A lambda of 0: one action counts, and credit spread over the ones before it is noise.
+# A lambda and a discount of 0: one action counts, and credit for the ones before it is noise (LOG.md, item 21).
 NAMES = ("gae-lambda", "learning-rate", "ent-coef")
 GRID = [dict(zip(NAMES, values, strict=True)) for values in product((0.0, 0.95), (3e-4, 1e-3), (0.01, 0.1))]
-SETTINGS = {model: {"gae-lambda": 0.0, "learning-rate": 3e-4, "ent-coef": 0.1} for model in SCRIPTS}
+SETTINGS = {model: {"gae-lambda": 0.0, "learning-rate": 3e-4, "ent-coef": 0.1, "gamma": 0.0} for model in SCRIPTS}
 
 
 @dataclass
@@ -104,6 +104,7 @@ def train(model, length, args, settings):
             {
                 "model": model,
                 "length": length,
+                "gamma": config["args"]["gamma"],
                 "seed": result["seed"],
                 "greedy_return": round(result["mean_return"], 4),
                 "episodes": int(mine[-1]["global_step"]) // (length + 1),

@@ -372,6 +372,21 @@ def test_loss_is_the_clipped_objective_and_the_squared_errors_of_value_and_predi
     assert float(metrics["losses/approx_kl"]) == pytest.approx((ratio - 1 - np.log(ratio)).mean(), rel=1e-4)
 
 
+def test_however_far_the_policy_has_moved_the_loss_and_its_gradient_are_finite(rollouts):
+    """`learn` skips such a step, and the run goes on; a gradient that is not finite would end it."""
+    epoch = rollouts[0].epochs[0]
+    batch = epoch.batch._replace(log_prob=epoch.batch.log_prob - 200)
+    args = Args(**TINY)
+    loss = jax.jit(
+        jax.value_and_grad(partial(ppo_loss, network=ActorCritic(args), ent_coef=0.0, args=args), has_aux=True)
+    )
+    (_, losses), grads = loss(
+        rollouts[0].before.params, carry=epoch.carry, batch=batch, advantage=epoch.advantage, target=epoch.target
+    )
+    assert losses["losses/approx_kl"] > 1e6
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((losses, grads)))
+
+
 def test_the_entropy_bonus_falls_from_its_weight_to_zero(monkeypatch):
     seen = []
 
@@ -468,8 +483,9 @@ def test_episodes_of_an_evaluation_start_anew_though_there_is_one_start_at_a_tim
     assert (np.diff(first) > 0.004).sum() >= 6  # of 8
 
 
-def test_kinds_of_memory_differ_and_see_the_same_trials():
-    args = Args(**EVAL | {"projection": True})
+@pytest.mark.parametrize("reset_memory", [True, False])
+def test_kinds_of_memory_differ_and_see_the_same_trials(reset_memory):
+    args = Args(**EVAL | {"projection": True}, reset_memory=reset_memory)
     env = Environment(("short-pendulum",), args, trials_end=False)
     network = ActorCritic(args)
     inputs = jnp.zeros((1, 1, O + A + 3)), jnp.ones((1, 1), bool)
@@ -478,8 +494,11 @@ def test_kinds_of_memory_differ_and_see_the_same_trials():
     over_memories = jax.vmap(partial(evaluate, args=args, env=env), (None, None, None, 0))
     run = jax.jit(lambda key: over_memories(params, jnp.ones(1), key, jnp.arange(3))[0])
     kept, by_episode, by_step = np.asarray(run(jax.random.key(0)))
-    np.testing.assert_array_equal(kept[0], by_step[0])  # the same start, where all have nothing to remember
-    np.testing.assert_array_equal(kept[:5], by_episode[:5])  # until the first episode ends
+    np.testing.assert_array_equal(by_episode[0], by_step[0])  # the same start, where both have nothing to remember
+    if reset_memory:
+        np.testing.assert_array_equal(kept[:5], by_episode[:5])  # until the first episode ends
+    else:  # what is kept comes from the trial before
+        assert (kept != by_episode)[:5].any(0).all()
     for one, other in ((kept, by_episode), (kept, by_step), (by_episode, by_step)):
         assert (np.abs(one - other)[6:].max(0) > 1e-5).all()  # and 0, were they the same
 
@@ -518,7 +537,7 @@ def test_adaptation_by_hand(monkeypatch):
     first, second = mine(memory="kept", against="episode")
     assert (first["x"], first["mean"], first["trials"]) == (0, 2, 2)
     assert (second["x"], second["mean"], second["trials"]) == (1, 5, 2)
-    assert second["interval"] == pytest.approx(1.96 * 4 / math.sqrt(2) / math.sqrt(2))  # of 3 and 7
+    assert second["interval"] == pytest.approx(12.706 * 4 / math.sqrt(2) / math.sqrt(2), rel=1e-4)  # of 3 and 7
     (half,) = mine(memory="kept", against="second half")
     assert (half["mean"], half["raw_return"], half["trials"]) == (5, 12, 2)
     assert [row["mean"] for row in mine(memory="wiped every step", against="second half")] == [1]
@@ -528,7 +547,24 @@ def test_adaptation_by_hand(monkeypatch):
     steps = mine(memory="kept", against="step")
     assert [row["mean"] for row in steps] == [1.5] * 4 + [3] * 4  # a part is one step, where there are so few
     assert [row["x"] for row in steps] == [i + 0.5 for i in range(8)]
-    assert all(row["mean"] == 0 for row in pick(task="other"))
+    (ends,) = {tuple(row["mean"] for row in mine(memory=memory, against="ends")) for memory in MEMORIES}
+    assert ends == (0, 0, 0, 1) * 2
+    assert all(row["mean"] == 0 for row in pick(task="other", against="episode"))
+
+
+def test_steps_after_the_last_episode_of_a_trial_do_not_count(monkeypatch):
+    """Two trials of two episodes each: of 1 and 2 steps, and of 3 steps."""
+    args = Args(**TINY | {"trial_length": 0, "trial_episodes": 1}, eval_trial_length=2)
+    dones = np.array([[1, 0, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 1, 1]], bool).T
+    rewards = np.array([[1, 2, 3, 9, 9, 9, 9], [3, 4, 5, 6, 7, 8, 9]], float).T
+    env = SimpleNamespace(names=("pendulum",))
+    rows = adaptation(*(np.tile(x, (1, 3, 1, 1)) for x in (rewards, dones)), env, args)
+    for against, means, trials in (
+        ("step", [2, 3, 4, 6, 7, 8], [2, 2, 2, 1, 1, 1]),
+        ("ends", [0.5, 0, 1, 0, 0, 1], [2, 2, 2, 1, 1, 1]),
+    ):
+        mine = [row for row in rows if (row["memory"], row["against"]) == ("kept", against)]
+        assert ([row["mean"] for row in mine], [row["trials"] for row in mine]) == (means, trials)
 
 
 # ---- learning
