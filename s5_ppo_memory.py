@@ -664,7 +664,9 @@ class MetricsLog:
             import wandb
 
             config = json.loads((run_dir / "config.json").read_text())
-            self.wandb = wandb.init(project=args.wandb_project_name, id=run_dir.name, resume="allow", config=config)
+            self.wandb = wandb.init(
+                project=args.wandb_project_name, id=run_dir.absolute().name, resume="allow", config=config
+            )
 
     def write(self, update, metrics, steps_per_second):
         """metrics: what `train` returns, with a leading axis of seeds."""
@@ -714,7 +716,7 @@ def plot_learning_curve(run_dir, args, metric, baseline, baseline_label):
     ax.plot(steps, mean, color="C0", marker=".", label=f"mean of {args.num_seeds} seed(s)")
     ax.axhline(baseline, color="grey", linestyle="--", linewidth=1, label=baseline_label)
     label = metric.removeprefix("charts/").replace("_", " ")
-    ax.set(xlabel="environment steps", ylabel=label, title=run_dir.name.rsplit("__", 2)[0])
+    ax.set(xlabel="environment steps", ylabel=label, title=run_dir.absolute().name.rsplit("__", 2)[0])
     ax.legend()
     fig.savefig(run_dir / "learning_curve.png", dpi=150)
 
@@ -816,14 +818,16 @@ def main():
     compile_start = time.time()
     train = jax.jit(over_seeds(train, args), donate_argnums=0).lower(state).compile()
     compile_seconds = time.time() - compile_start
-    memory = train.memory_analysis()
-    working = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
-    console.print(f"compiled in {compile_seconds:.0f} s; needs {working:,.0f} MiB of memory, the train state included")
     # env_params are arguments of the compiled program: one compilation serves every memory length.
     eval_fn = jax.jit(jax.vmap(partial(evaluate, args=args, env=env), (0, 0, None, None)))
     eval_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)  # no key that init splits off
+    eval_fn = eval_fn.lower(state.params, eval_keys, env.params, False).compile()
+    memory = [program.memory_analysis() for program in (train, eval_fn)]
+    working = max(m.argument_size_in_bytes + m.temp_size_in_bytes for m in memory) / 2**20
+    console.print(f"compiled in {compile_seconds:.0f} s; needs {working:,.0f} MiB of memory, the train state included")
     zero_params = jax.tree.map(jnp.zeros_like, state.params)  # all logits equal: uniformly random actions
-    chance = float(eval_fn(zero_params, eval_keys, env.params, False)[0].mean())
+    chance_keys = [jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(eval_keys) for i in range(10)]
+    chance = float(np.mean([eval_fn(zero_params, key, env.params, False)[0] for key in chance_keys]))
 
     log = MetricsLog(run_dir, args, update)
     with Progress(console=console) as progress:
@@ -851,11 +855,11 @@ def main():
             if time.time() - last_save > args.checkpoint_interval and update < args.num_updates:
                 checkpoints.save(update, args=ocp.args.StandardSave(state))
                 last_save = time.time()
-    loop_seconds = time.time() - loop_start
     if checkpoints.latest_step() != update:
         checkpoints.save(update, args=ocp.args.StandardSave(state))
     checkpoints.wait_until_finished()
     log.close()
+    loop_seconds = time.time() - loop_start
     if update:
         plot_learning_curve(run_dir, args, "charts/episodic_return", chance, "chance: uniformly random actions")
 

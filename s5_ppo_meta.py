@@ -1165,7 +1165,9 @@ class MetricsLog:
             import wandb
 
             config = json.loads((run_dir / "config.json").read_text())
-            self.wandb = wandb.init(project=args.wandb_project_name, id=run_dir.name, resume="allow", config=config)
+            self.wandb = wandb.init(
+                project=args.wandb_project_name, id=run_dir.absolute().name, resume="allow", config=config
+            )
 
     def write(self, update, metrics, steps_per_second):
         """metrics: what `train` returns, with a leading axis of seeds."""
@@ -1215,7 +1217,7 @@ def plot_learning_curve(run_dir, args, metric, baseline, baseline_label):
     ax.plot(steps, mean, color="C0", marker=".", label=f"mean of {args.num_seeds} seed(s)")
     ax.axhline(baseline, color="grey", linestyle="--", linewidth=1, label=baseline_label)
     label = metric.removeprefix("charts/").replace("_", " ")
-    ax.set(xlabel="environment steps", ylabel=label, title=run_dir.name.rsplit("__", 2)[0])
+    ax.set(xlabel="environment steps", ylabel=label, title=run_dir.absolute().name.rsplit("__", 2)[0])
     ax.legend()
     fig.savefig(run_dir / "learning_curve.png", dpi=150)
 

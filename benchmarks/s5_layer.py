@@ -1,6 +1,6 @@
 """Time and memory of one S5 layer, forward and backward, against sequence length: three ways to scan, and the paper's.
 
-    python benchmarks/s5_layer.py
+    python benchmarks/s5_layer.py    # some minutes on 2 idle CPU cores
 
 Compares, in one process, the two scans of s5_ppo_memory.py (step by step, and associative with the reset folded into
 the transition) with the paper's operator, which carries the reset as a third element and is differentiated by JAX: in
@@ -27,6 +27,7 @@ from s5_ppo_memory import S5, Args
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+HERE = Path(__file__).resolve().parent
 WIDTH, SEQUENCES, STEPS = 64, 16, 8
 LENGTHS = [2**n for n in range(6, 15)]
 
@@ -90,8 +91,9 @@ def compile_layer(scan, length):
 
 
 def main():
+    jax.config.update("jax_default_matmul_precision", "highest")  # as the script does
     device = jax.devices()[0].device_kind.replace(" ", "-")
-    commit = subprocess.getoutput("git rev-parse --short HEAD")
+    commit = subprocess.getoutput(f'git -C "{HERE}" rev-parse --short HEAD')
     rows = []
     for length in LENGTHS:
         layers = {name: compile_layer(scan, length) for name, scan in SCANS.items()}
@@ -110,7 +112,7 @@ def main():
         ours = ms["step by step" if jax.default_backend() == "cpu" else "associative"]
         print(length, {name: f"{t:.2f} ms, {t / ours:.2f} times ours" for name, t in ms.items()}, flush=True)
 
-    path = Path(__file__).with_name(f"s5_layer_{device}")
+    path = HERE / f"s5_layer_{device}"
     with path.with_suffix(".csv").open("w", newline="") as f:
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()

@@ -1,6 +1,6 @@
 """S5, LSTM and Transformer: time and memory against sequence length, of a layer, a PPO update and an acting step.
 
-    python benchmarks/scaling.py                      # 10 minutes on 2 idle CPU cores
+    python benchmarks/scaling.py                      # 11 minutes on 2 idle CPU cores
     python benchmarks/scaling.py --parts layer        # one part; the table keeps the others
     python benchmarks/scaling.py --parts              # draw the stored tables of all devices again
 
@@ -37,6 +37,7 @@ import transformer_ppo
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+HERE = Path(__file__).resolve().parent
 SCRIPTS = {"S5": s5_ppo_memory, "LSTM": lstm_ppo, "Transformer": transformer_ppo}
 WIDTH, SEQUENCES = 64, 8
 
@@ -133,7 +134,10 @@ def measure(what, length, args):
         if name in compiled:
             memory = compiled[name][0].memory_analysis().temp_size_in_bytes
             row |= {"ms": round(1e3 * float(np.median(seconds[name])), 4), "MiB": round(memory / 2**20, 3)}
-        row |= {"date": date.today().isoformat(), "commit": subprocess.getoutput("git rev-parse --short HEAD")}
+        row |= {
+            "date": date.today().isoformat(),
+            "commit": subprocess.getoutput(f'git -C "{HERE}" rev-parse --short HEAD'),
+        }
         rows.append(row)
     print(rows[0]["what"], length, {row["model"]: (row["ms"], row["MiB"]) for row in rows}, flush=True)
     return rows
@@ -175,7 +179,7 @@ def main():
     jax.config.update("jax_default_matmul_precision", "highest")  # as the scripts do
     device = jax.devices()[0].device_kind.replace(" ", "-")
     lengths = [2**n for n in range(4, 20) if args.min_length <= 2**n <= args.max_length]
-    path = Path(__file__).with_name(f"scaling_{device}.csv")
+    path = HERE / f"scaling_{device}.csv"
     rows = read(path)
     parts = {"layer": layer, "update": update, "acting step": acting_step}
     for part in args.parts:
@@ -186,7 +190,7 @@ def main():
                 table = csv.DictWriter(f, max(rows, key=len), lineterminator="\n")
                 table.writeheader()
                 table.writerows(rows)
-    for path in Path(__file__).parent.glob("scaling_*.csv"):
+    for path in HERE.glob("scaling_*.csv"):
         plot(path)
 
 

@@ -1,6 +1,6 @@
 """Environment steps per second of s5_ppo_memory.py, as a share of what the machine's matrix products would allow.
 
-    python benchmarks/speed.py
+    python benchmarks/speed.py    # a minute on 2 idle CPU cores
 
 Memory length 30, 32 environments x 256 steps, 4 epochs x 4 minibatches, encoder 128-64, 2 layers of 64, heads 128-128.
 Training and a bare product of (2048, 128) by (128, 128) matrices, the largest in that network, run in turn in one
@@ -21,10 +21,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from s5_ppo_memory import ActorCritic, Args, Environment, SequenceModel, make_train
 
+HERE = Path(__file__).resolve().parent
 PRODUCTS = 400
 
 
 def main():
+    jax.config.update("jax_default_matmul_precision", "highest")  # as the script does
     args = Args(memory_length=30)
     env = Environment(args)
     init, train = make_train(args, env)
@@ -58,7 +60,7 @@ def main():
     ceiling = PRODUCTS * 2 * 2048 * 128 * 128 / np.median(product_seconds)
     row = {
         "date": date.today().isoformat(),
-        "commit": subprocess.getoutput("git rev-parse --short HEAD"),
+        "commit": subprocess.getoutput(f'git -C "{HERE}" rev-parse --short HEAD'),
         "device": jax.devices()[0].device_kind,
         "compile_seconds": f"{compile_seconds:.1f}",
         "steps_per_second_median": round(steps / np.median(train_seconds)),
@@ -68,7 +70,7 @@ def main():
         "share_of_ceiling": f"{flop_per_step * steps / np.median(train_seconds) / ceiling:.2f}",
     }
     print(row)
-    path = Path(__file__).with_name("speed.csv")
+    path = HERE / "speed.csv"
     with path.open("a", newline="") as f:
         writer = csv.DictWriter(f, row, lineterminator="\n")
         if f.tell() == 0:
