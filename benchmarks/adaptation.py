@@ -1,16 +1,17 @@
 """Learning in context with three seeds, beside a network without memory: the tables and figures of the README.
 
-    python benchmarks/adaptation.py                             # suite cartpole, half an hour on one core
-    python benchmarks/adaptation.py --suite classic             # three and a half hours on one core; bodies as well
+    python benchmarks/adaptation.py                             # suite cartpole, 20 to 40 minutes on one core
+    python benchmarks/adaptation.py --suite classic             # four and a half hours on one core; bodies as well
     python benchmarks/adaptation.py --suite locomotion          # for a GPU: ten minutes a run on an H100
     python benchmarks/adaptation.py --suite classic --runs runs/A runs/B    # finished runs, in place of training
     python benchmarks/adaptation.py --suite classic --runs runs/A runs/B --held-out-tasks cartpole-long pendulum-heavy
 
-Trains s5_ppo_meta.py with FLAGS and seeds 0, 1 and 2, and with --num-layers 0 and seed 0, in runs/, where no other run
-may be started meanwhile. Writes, beside this file, adaptation_runs.csv, a row a run; SUITE_adaptation.csv, the
-adaptation.csv of all runs; SUITE_adaptation.png, curves by episode; SUITE_scores.png, of several tasks; and prints the
-tables of META_LOG.md. Scores: 0 is the better of random actions and none, 1 a specialist. With --held-out-tasks copies
-of the runs are evaluated on these instead of the suite's own, and SUITE_held_out.{csv,png} are written.
+Trains s5_ppo_meta.py with FLAGS and seeds 0, 1 and 2, with memory and without (--num-layers 0; in the stored tables of
+classic and bodies seed 0 alone), in runs/, where no other run may be started meanwhile. Writes, beside this file,
+adaptation_runs.csv, a row a run; SUITE_adaptation.csv, the adaptation.csv of all runs; SUITE_adaptation.png, curves by
+episode; SUITE_scores.png, of several tasks; and prints the tables of META_LOG.md. Scores: 0 is the better of random
+actions and none, 1 a specialist. With --held-out-tasks copies of the runs are evaluated on these instead of the suite's
+own, and SUITE_held_out.{csv,png} are written.
 """
 
 import csv
@@ -43,14 +44,14 @@ FLAGS = {
     "bodies": ["--suite", "bodies", *LONG],
     "locomotion": ["--suite", "locomotion", *GPU],
 }
-RUNS = [["--seed", "0"], ["--seed", "1"], ["--seed", "2"], ["--seed", "0", "--num-layers", "0"]]
+RUNS = [["--seed", str(seed), "--num-layers", str(layers)] for layers in (4, 0) for seed in (0, 1, 2)]
 MEMORIES = ("memory kept", "wiped every episode", "wiped every step", "trained without")
 LOWEST = -0.6  # score at which the figures end
 
 
 @dataclass
 class Args:
-    suite: Literal["cartpole", "classic", "bodies", "locomotion"] = "cartpole"
+    suite: Literal[tuple(FLAGS)] = "cartpole"
     """suite of s5_ppo_meta.py"""
     runs: tuple[Path, ...] = ()
     """finished runs to read instead of training"""

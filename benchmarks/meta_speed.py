@@ -24,13 +24,13 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from s5_ppo_meta import SUITES, Environment, make_train
 from s5_ppo_meta import Args as ScriptArgs
-from s5_ppo_meta import Environment, make_train
 
 
 @dataclass
 class Args:
-    suite: Literal["cartpole", "classic", "locomotion"] = "classic"
+    suite: Literal[tuple(SUITES)] = "classic"
     """suite of s5_ppo_meta.py"""
     repeats: int = 8
     """timed updates of each kind"""
@@ -56,8 +56,8 @@ def compiled_physics(env, args):
 
 def compiled_update(env, args):
     init, train = make_train(args, env)
-    state = jax.jit(init)(jax.random.key(0))
     start = time.perf_counter()
+    state = jax.jit(init)(jax.random.key(0))
     train = jax.jit(train).lower(state).compile()
     return train, (state,), time.perf_counter() - start
 

@@ -7,8 +7,8 @@
 Writes reference_scores.csv beside this file. Of each task, over whole episodes: the mean return of uniformly random
 actions and of no action, and the standard deviation of the discounted returns of random actions; and the mean return
 that one seed of s5_ppo_meta.py reaches on that task alone, unprojected, over the last tenth of its training (actions
-are drawn, as in the evaluation of the script; an episode that the end of a trial cuts off counts as it is). Column
-`commit` is the version that made the row: older ones had another network and step size.
+are drawn, as in the evaluation of the script; an episode that the end of a trial cuts off counts as it is). Columns
+`command` and `commit` are what made the row: older versions had another network and step size.
 """
 
 import csv
@@ -112,10 +112,11 @@ def main():
         random_return, spread = fixed_policy(name, 1.0, args.episodes)
         idle_return, _ = fixed_policy(name, 0.0, args.episodes)
         row = {"task": name, "random": random_return, "idle": idle_return, "spread": spread}
-        row |= {key: old.get(key) for key in ("specialist", "specialist_steps", "seconds", "commit")}
+        row |= {key: old.get(key) for key in ("specialist", "specialist_steps", "seconds", "command", "commit")}
         if args.steps:
             row |= {"specialist": specialist(name, args.steps), "specialist_steps": args.steps}
             row["seconds"] = round(time.time() - start)
+            row["command"] = f"benchmarks/reference_scores.py --tasks {name} --steps {args.steps}"
             row["commit"] = subprocess.getoutput(f'git -C "{HERE}" rev-parse --short HEAD')
         row = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
         print(row, flush=True)
