@@ -93,7 +93,7 @@ class Args:
 
     # ---- task
     env_id: str = "MemoryChain-bsuite"  # any gymnax environment with a flat Box observation and Discrete actions
-    memory_length: int = 128  # step, from 0, that asks for the cue; above 200 with flags of benchmarks/memory_length.py
+    memory_length: int = 128  # step, from 0, that asks for the cue; for more than 200: see benchmarks/memory_length.py
     env_params: dict[str, float] = field(default_factory=dict)  # numbers of its EnvParams to override: NAME VALUE ...
     truncation_is_terminal: bool = False  # a time limit is a real end: no value of what would have come after it
     eval_episodes: int = 128  # greedy episodes of each seed in the evaluation at the end

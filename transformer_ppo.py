@@ -89,7 +89,7 @@ class Args:
 
     # ---- task
     env_id: str = "MemoryChain-bsuite"  # any gymnax environment with a flat Box observation and Discrete actions
-    memory_length: int = 128  # step, from 0, that asks for the cue; above 200 with flags of benchmarks/memory_length.py
+    memory_length: int = 128  # step, from 0, that asks for the cue; for more than 200: see benchmarks/memory_length.py
     env_params: dict[str, float] = field(default_factory=dict)  # numbers of its EnvParams to override: NAME VALUE ...
     truncation_is_terminal: bool = False  # a time limit is a real end: no value of what would have come after it
     eval_episodes: int = 128  # greedy episodes of each seed in the evaluation at the end
@@ -97,7 +97,7 @@ class Args:
     # ---- sequence model
     num_layers: int = 2  # Transformer blocks; 0 is the network without memory
     d_model: int = 64  # D, width of the blocks
-    context_length: int = 256  # W, steps that attention covers, this one included; more than MEMORY_LENGTH: an episode
+    context_length: int = 256  # W, steps that attention covers; with MEMORY_LENGTH or less the cue is out of sight
     num_heads: int = 2  # H, attention heads of a block
     key_size: int = 16  # K, size of a head's queries, keys and values
     mlp_size: int = 48  # hidden units between dense layers; 48 gives as many parameters as S5 has, within 10 %
