@@ -19,17 +19,17 @@ network with its memory wiped, on new matrices and on tasks that were never trai
     python s5_ppo_meta.py --eval-only runs/CLASSIC --render reacher      # watch the first and last episode
     python s5_ppo_meta.py --resume runs/RUN              # goes on after Ctrl-C or a kill
 
-What to expect, of the defaults with seeds 0 to 2, on one core of a cloud machine's CPU on 2026-11-23: 7 to 8 minutes,
-at 22,000 to 26,000 steps per second; a return (at most 1) of 0.42 to 0.46 after 2.5 million steps, 0.92 to 0.97 after
-10. On fresh matrices, 64 trials of 32 episodes, it is at least 0.90 in the first episode and 0.93 in the 32nd; with the
-memory wiped every step, 0.05. The paper's figure has 0.27 and 0.41. A specialist reaches 1.0 in 1.5 million steps. The
-command for the classic suite above, with seeds 0 to 2, gave a mean score of 0.84, 0.87 and 0.74 on its training tasks
-and of 0.16, 0.18 and 0.19 on the held-out ones, in 60 to 64 minutes on one core; without memory 0.06 and -0.09
-(benchmarks/adaptation.py, 2026-11-24; CartPole's figures are from before --target-kl made steps shorter). Locomotion:
-9,800 steps per second; up to 900,000 on an H100, where 162 million steps brought reacher alone clearly above 0. Of
-the paper's size, not run here: --suite classic --total-timesteps 2000000000 --num-envs 1120 --num-steps 1000
---trial-length 1000 --num-layers 10 --d-model 256 --encoder-size 512 --gamma 0.995 --learning-rate 3e-4.
-benchmarks/foresight.py shows what the memory knows of a body, benchmarks/META_LOG.md tells what was tried.
+What to expect, of the defaults with seeds 0 to 2, on one core of a cloud machine's CPU on 2026-11-25: 4 to 5 minutes,
+at 44,000 to 46,000 steps per second (7 to 8 minutes on another day); a return (at most 1) of 0.45 to 0.54 after 2.5
+million steps, 0.95 to 0.98 after 10. On fresh matrices, 64 trials of 32 episodes, it is at least 0.90 in the first
+episode and 0.93 in the 32nd (rounded, seed 1); without memory 0.26 to 0.29. The paper's figure has 0.27 and 0.41. A
+specialist reaches 1.0 in 1.5 million steps. The command for the classic suite above, with seeds 0 to 2, gave a mean
+score of 0.84, 0.87 and 0.74 on its training tasks and of 0.16, 0.18 and 0.19 on the held-out ones, in 60 to 64 minutes
+on one core; without memory 0.06 and -0.09 (benchmarks/adaptation.py, 2026-11-24). Locomotion: 9,800 steps per second;
+up to 900,000 on an H100, where 162 million steps brought reacher alone clearly above 0. Of the paper's size, not run
+here: --suite classic --total-timesteps 2000000000 --num-envs 1120 --num-steps 1000 --trial-length 1000 --num-layers 10
+--d-model 256 --encoder-size 512 --gamma 0.995 --learning-rate 3e-4. benchmarks/foresight.py shows what the memory knows
+of a body, benchmarks/META_LOG.md tells what was tried.
 
 Where this departs from the paper, and why:
 - PPO, not experiment 4's Muesli, and a head that predicts the change of the observation and the reward: PPO alone gives
@@ -949,7 +949,9 @@ def make_train(args, env):
 
 
 # ==== Evaluation ======================================================================================================
-MEMORIES = ("kept", "wiped every episode", "wiped every step")  # the agent, and two that lack what their names say
+# The agent, and two that lack what their names say. The last sees the start of a trial for ever, as it never did in
+# training: what it lacks is therefore not only what was learned in context.
+MEMORIES = ("kept", "wiped every episode", "wiped every step")
 
 
 def evaluate(params, spread, key, memory, args, env):
