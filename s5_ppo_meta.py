@@ -1023,14 +1023,15 @@ def adaptation(rewards, dones, env, args):
     """What one evaluation shows, as rows of adaptation.csv.
 
     rewards, dones: (seeds, memories, S, K E). Of each task and memory, over the trials of all seeds: the score against
-    the index of the episode; against the step of the trial, in 20 parts, the reward, and the share of steps that end an
-    episode ("ends"); and the score over the second half of the trial (mean over its episodes, then over trials). Each
-    with the half-width of a 95 % interval (Student's t; too narrow, where what a trial can get depends on its starts,
-    as all draw them from the same pools); and what raw return a mean score stands for.
+    the index of the episode; against the step of the trial, in parts that get longer, the reward, and the share of
+    steps that end an episode ("ends"); and the score over the second half of the trial (mean over its episodes, then
+    over trials). Each with the half-width of a 95 % interval (Student's t; too narrow, where what a trial can get
+    depends on its starts, as all draw them from the same pools); and what raw return a mean score stands for.
     """
     from scipy import stats
 
-    steps, rows = np.arange(args.eval_trial_length if args.trial_length else rewards.shape[2]), []
+    steps, rows = args.eval_trial_length if args.trial_length else rewards.shape[2], []
+    borders = np.unique(np.geomspace(1, steps + 1, 21).round().astype(int)) - 1  # of 20 parts, or of as many as steps
     for k, name in enumerate(env.names):
         task, mine = TASKS[name], np.arange(rewards.shape[3]).reshape(len(env.names), -1)[k]
         for m, memory in enumerate(MEMORIES):
@@ -1043,11 +1044,12 @@ def adaptation(rewards, dones, env, args):
             samples += [("episode", i, score[index == i]) for i in range(int(index.max()) + 1)]
             # Trials of few short episodes are over sooner: what their copies do afterwards does not count.
             within = (np.cumsum(done, 0) - done < args.eval_trial_length) | bool(args.trial_length)
-            for part in np.array_split(steps, min(20, len(steps))):
-                count = within[part].sum(0)
+            for first_step, end in pairwise(borders):
+                count = within[first_step:end].sum(0)
+                many = count > (end - first_step) / 2
                 for against, what in (("step", reward), ("ends", done)):
-                    mean = (what * within)[part].sum(0)[count > 0] / count[count > 0]
-                    samples += [(against, part.mean() + 0.5, mean)]
+                    mean = (what * within)[first_step:end].sum(0)[many] / count[many]
+                    samples += [(against, (first_step + end) / 2, mean)]
             if m == 0:
                 kept = half
             else:  # the same trial, that is the same matrices, with and without
@@ -1101,6 +1103,7 @@ def report(run_dir, rows, env, args, console):
                 ax.axvline(trained, color="grey", linestyle=":", linewidth=1)  # trials of training end here
             ylabel = {"episode": "score", "step": "reward per step", "ends": "episodes that end, per step"}[against]
             ax.set(xlabel=f"{against.replace('ends', 'step')} of the trial", ylabel=ylabel)
+        column[1].set_xscale("log")
         column[0].set_title(titles[name])
     axes[0, 0].legend(fontsize="x-small")
     fig.savefig(run_dir / "adaptation.png", dpi=150)
