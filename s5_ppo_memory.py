@@ -20,15 +20,16 @@ which episodes begin and end.
 
 What to expect, on two cores of a cloud machine's CPU (benchmarks/first_minute.py, 2026-11-24): the defaults take 24 to
 25 seconds from process start, 5 to 6 of them for compiling, at 47,000 to 49,000 steps per second, and answer 128 of
-128 questions right for each of seeds 0 to 4. On slower cores, the day before, it was 42 to 45 seconds.
+128 questions right for each of seeds 0 to 4. On slower cores, the day before, it was 42 to 63 seconds.
 
 Longer memories were learned with rollouts of two episodes (--num-steps), slower states (lower --dt-min and --dt-max),
-no credit for the actions that do not count (--gae-lambda 0), and a policy kept random until the memory holds the cue
-(--ent-coef); at 1,024, where five seeds at once (--num-seeds 5) took 17 minutes on one core:
+no credit for the actions that do not count (--gae-lambda 0 --gamma 0), and a policy kept random until the memory holds
+the cue (--ent-coef); at 1,024, where five seeds at once (--num-seeds 5) took 13 minutes on one core and all of them
+answer everything:
 
     python s5_ppo_memory.py --memory-length 1024 --num-envs 16 --num-steps 2048 --update-epochs 8 --gae-lambda 0 \
-        --dt-min 0.000390625 --dt-max 0.0125 --ent-coef 0.1 --anneal-ent-coef --learning-rate 3e-4 \
-        --total-timesteps 2050000
+        --gamma 0 --dt-min 0.000390625 --dt-max 0.0125 --ent-coef 0.1 --anneal-ent-coef --learning-rate 3e-4 \
+        --log-interval 4 --total-timesteps 2050000
 
 benchmarks/LOG.md tells how that was found.
 
@@ -39,7 +40,7 @@ Where this departs from the paper, and why:
 - The input is scaled to unit variance, sqrt(1 - |a_bar|^2), as in the Linear Recurrent Unit (Orvieto et al. 2023), not
   by zero-order hold, which scales it by about Δ, least for the slowest states; --zoh brings that back. At length 128
   both answer every question right, with five seeds and three (benchmarks/first_minute.csv); at 512, with the same
-  flags, four seeds of five do, and one of five with --zoh (benchmarks/LOG.md, item 15).
+  flags, four seeds of five did, and one of five with --zoh (benchmarks/LOG.md, item 15; before a discount of 0).
 - The agent also sees its previous action and reward, both zero at the start of each episode, and a reset flag.
 - The critic's last layer starts near zero: see ActorCritic.
 """
