@@ -931,7 +931,10 @@ def make_train(args, env):
         return state, (jax.tree.map(jnp.mean, losses), jax.tree.map(lambda x: x.sum(0), episodes))
 
     def train(state: TrainState) -> tuple[TrainState, dict]:
-        """Means over updates; returns over the episodes that ended, NaN for a task without any, as is charts/score."""
+        """Means over updates; returns over the episodes that ended, NaN for a task without any, as is charts/score.
+
+        An episode that its trial's end has cut off counts as it is; evaluations count whole episodes only.
+        """
         state, (losses, episodes) = jax.lax.scan(update, state, length=args.log_interval)
         metrics = jax.lax.pmean(jax.tree.map(jnp.mean, losses), "devices")
         count, returns = jax.lax.psum(jax.tree.map(lambda x: x.sum(0), episodes), "devices")  # (K,) each
