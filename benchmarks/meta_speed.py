@@ -5,7 +5,8 @@
 
 An update with E passes over the rollout takes R + E L: whole updates with the script's number of passes and with one
 give both. The physics P, with trials and projections, is timed alone, on random actions; R - P is left to the network
-that acts. The compile is timed with no compilation cache. Appends a row to meta_speed.csv beside this file.
+that acts. The compile, of the start and of the training, is timed with no compilation cache (rows before 2026-11-25: of
+the training alone). Appends a row to meta_speed.csv beside this file.
 """
 
 import csv
