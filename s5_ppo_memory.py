@@ -18,9 +18,9 @@ which episodes begin and end.
     python s5_ppo_memory.py --env-id CartPole-v1   # any gymnax environment with a flat Box and Discrete actions
     python s5_ppo_memory.py --resume runs/RUN      # goes on after Ctrl-C or a kill
 
-What to expect, on two cores of a cloud machine's CPU (benchmarks/first_minute.py, 2026-11-24): the defaults take 24 to
-25 seconds from process start, 5 to 6 of them for compiling, at 47,000 to 49,000 steps per second, and answer 128 of
-128 questions right for each of seeds 0 to 4. On slower cores, the day before, it was 42 to 63 seconds.
+What to expect, on two cores of a cloud machine's CPU (benchmarks/first_minute.py, 2026-11-25): the defaults take 25 to
+27 seconds from process start, 5 to 6 of them for compiling, at 44,000 to 47,000 steps per second, and answer 128 of
+128 questions right for each of seeds 0 to 4. On slower cores, two days before, it was 42 to 63 seconds.
 
 Longer memories were learned with rollouts of two episodes (--num-steps), slower states (lower --dt-min and --dt-max),
 no credit for the actions that do not count (--gae-lambda 0 --gamma 0), and a policy kept random until the memory holds
