@@ -219,7 +219,7 @@ class Args:
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
     clip_coef: float = 0.2  # epsilon of the clipped objective
     ent_coef: float = 0.005  # weight of the entropy bonus
-    anneal_ent_coef: bool = False  # lower --ent-coef to zero over the run, as (1 - progress)^2
+    final_ent_coef: float | None = None  # its weight at the end, where (1 - progress)^2 is 0; None: it stays the same
     vf_coef: float = 0.5  # weight of the value loss
     prediction_coef: float = 1.0  # weight of predicting the change of observation and reward; 0 switches that off
     target_kl: float = 0.04  # mean KL of an update above which steps shrink; single ones above 2.5 times it are skipped
@@ -254,11 +254,14 @@ class Args:
             zero_is_fine = f.name in may_be_zero
             limit = np.inf if type(value) is float or f.name == "total_timesteps" else 2**31  # arrays count in 32 bits
             # Written so that NaN is refused too.
-            if type(value) in (int, float) and not (0 < value < limit or (value == 0 and zero_is_fine)):
+            signed = f.name == "final_ent_coef"
+            if not signed and type(value) in (int, float) and not (0 < value < limit or (value == 0 and zero_is_fine)):
                 use = "of 0 or more" if zero_is_fine else "above 0"
                 raise ValueError(f"{flag} {value}: use a number {use}, and below {limit}")
             if f.name in ("gamma", "gae_lambda") and value > 1:
                 raise ValueError(f"{flag} {value} is too large: use 1 or less")
+        if self.final_ent_coef is not None and not np.isfinite(self.final_ent_coef):
+            raise ValueError(f"--final-ent-coef {self.final_ent_coef} is not finite: use a number, or leave it out")
         if self.dt_max < self.dt_min:
             raise ValueError(f"--dt-max {self.dt_max} is below --dt-min {self.dt_min}: swap them")
         for name in self.train_tasks + self.held_out_tasks:
@@ -870,8 +873,9 @@ def make_train(args, env):
         device_key = jax.random.fold_in(device_key, jax.lax.axis_index("devices"))
         act_key, pool_key, *epoch_keys = jax.random.split(device_key, 2 + args.update_epochs)
         # Squared, so that the bonus fades well before the step size does: as actions become regular, the network has to
-        # learn anew to read its memory among them (benchmarks/LOG.md, item 17).
-        ent_coef = args.ent_coef * ((1 - state.num_updates / args.num_updates) ** 2 if args.anneal_ent_coef else 1)
+        # learn anew to read its memory among them. A bonus below zero makes them regular (benchmarks/LOG.md, item 22).
+        final = args.ent_coef if args.final_ent_coef is None else args.final_ent_coef
+        ent_coef = final + (args.ent_coef - final) * (1 - state.num_updates / args.num_updates) ** 2
         state = state._replace(env_state=env.redraw(pool_key, state.env_state))
         first_carry = state.carry  # as acting left it; each pass over the rollout starts from it again
         state, (batch, episodes) = jax.lax.scan(act, state, jax.random.split(act_key, args.num_steps))

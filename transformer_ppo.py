@@ -117,7 +117,7 @@ class Args:
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
     clip_coef: float = 0.2  # epsilon of the clipped objective
     ent_coef: float = 0.0  # weight of the entropy bonus
-    anneal_ent_coef: bool = False  # lower --ent-coef to zero over the run, as (1 - progress)^2
+    final_ent_coef: float | None = None  # its weight at the end, where (1 - progress)^2 is 0; None: it stays the same
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # global norm the gradient is clipped to
 
@@ -150,6 +150,8 @@ class Args:
                 raise ValueError(f"{flag} {value}: use a number {use}, and below {limit}")
             if f.name in ("gamma", "gae_lambda") and value > 1:
                 raise ValueError(f"{flag} {value} is too large: use 1 or less")
+        if self.final_ent_coef is not None and not np.isfinite(self.final_ent_coef):
+            raise ValueError(f"--final-ent-coef {self.final_ent_coef} is not finite: use a number, or leave it out")
         if self.key_size % 2:
             raise ValueError(f"--key-size {self.key_size} is odd, and positions turn pairs: use {self.key_size + 1}")
         if self.cache_bytes > 64e9:  # a guard against typing errors, no promise that less will fit
@@ -542,8 +544,9 @@ def make_train(args, env):
         device_key = jax.random.fold_in(device_key, jax.lax.axis_index("devices"))
         act_key, *epoch_keys = jax.random.split(device_key, 1 + args.update_epochs)
         # Squared, so that the bonus fades well before the step size does: as actions become regular, the network has to
-        # learn anew to read its memory among them (benchmarks/LOG.md, item 17).
-        ent_coef = args.ent_coef * ((1 - state.num_updates / args.num_updates) ** 2 if args.anneal_ent_coef else 1)
+        # learn anew to read its memory among them. A bonus below zero makes them regular (benchmarks/LOG.md, item 22).
+        final = args.ent_coef if args.final_ent_coef is None else args.final_ent_coef
+        ent_coef = final + (args.ent_coef - final) * (1 - state.num_updates / args.num_updates) ** 2
         first_carry = state.carry  # as acting left it; each pass over the rollout starts from it again
         state, (batch, episodes) = jax.lax.scan(act, state, jax.random.split(act_key, args.num_steps))
         _, _, last_value = network.apply(state.params, state.carry, state.obs[None], state.reset[None])

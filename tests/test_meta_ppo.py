@@ -387,7 +387,7 @@ def test_however_far_the_policy_has_moved_the_loss_and_its_gradient_are_finite(r
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((losses, grads)))
 
 
-def test_the_entropy_bonus_falls_from_its_weight_to_zero(monkeypatch):
+def test_the_entropy_bonus_falls_from_its_weight_to_the_final_one(monkeypatch):
     seen = []
 
     def spy(params, network, carry, batch, advantage, target, ent_coef, args):
@@ -396,13 +396,13 @@ def test_the_entropy_bonus_falls_from_its_weight_to_zero(monkeypatch):
 
     monkeypatch.setattr(meta, "ppo_loss", spy)
     flags = {"train_tasks": ("short-pendulum",), "num_layers": 0, "num_minibatches": 1, "update_epochs": 1}
-    args = Args(**TINY | flags, ent_coef=0.5, anneal_ent_coef=True, total_timesteps=4 * N * T)
+    args = Args(**TINY | flags, ent_coef=0.5, final_ent_coef=-0.5, total_timesteps=4 * N * T)
     init, train = make_train(args, Environment(args.train_tasks, args))
     state, train = jax.jit(init)(jax.random.key(0)), jax.jit(train)
     for _ in range(4):
         state, _ = train(state)
     jax.effects_barrier()
-    assert seen == pytest.approx([0.5, 0.28125, 0.125, 0.03125])
+    assert seen == pytest.approx([0.5, 0.0625, -0.25, -0.4375])
 
 
 @pytest.mark.parametrize(("target_kl", "steps", "scales"), [(1e-6, 1, (1, 1 / 1.5, 1 / 1.5**2)), (1e6, 4, (1, 1, 1))])

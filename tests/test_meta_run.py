@@ -315,6 +315,7 @@ BAD = {
     "time steps swapped": ("--dt-min 0.1 --dt-max 0.01", "--dt-max", "0.01"),
     "gamma above one": ("--gamma 1.5", "--gamma", "1.5"),
     "no number": ("--gamma nan", "--gamma", "nan"),
+    "no final bonus": ("--final-ent-coef nan", "--final-ent-coef", "nan"),
     "beyond 32 bits": ("--trial-episodes 3000000000", "--trial-episodes", "below 2147483648"),
     "no trials": ("--eval-trials 0", "--eval-trials", "0"),
     "trials of negative length": ("--eval-trial-length -3", "--eval-trial-length", "-3"),

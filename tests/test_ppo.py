@@ -304,8 +304,12 @@ def test_two_devices_share_the_environments_and_keep_the_same_parameters(script)
     assert result.stdout.strip() == "same", result.stderr[-2000:]
 
 
-def test_the_entropy_bonus_falls_to_zero_over_the_run(monkeypatch):
-    """After k of K updates its weight is (1 - k / K)^2 of the first one."""
+@pytest.mark.parametrize(
+    ("final", "weights"),
+    [(0.0, [0.5, 0.28125, 0.125, 0.03125]), (-0.5, [0.5, 0.0625, -0.25, -0.4375]), (None, [0.5, 0.5, 0.5, 0.5])],
+)
+def test_the_entropy_bonus_falls_to_its_final_weight(monkeypatch, final, weights):
+    """After k of K updates (1 - k / K)^2 of the way down to it is left; without one it stays."""
     seen = []
 
     def spy(params, network, carry, batch, advantage, target, ent_coef, args):
@@ -314,10 +318,10 @@ def test_the_entropy_bonus_falls_to_zero_over_the_run(monkeypatch):
 
     monkeypatch.setattr(ppo, "ppo_loss", spy)
     flags = TINY | {"num_minibatches": 1, "update_epochs": 1, "num_layers": 0, "num_steps": 4, "memory_length": 3}
-    args = Args(**flags, ent_coef=0.5, anneal_ent_coef=True, total_timesteps=4 * 16)
+    args = Args(**flags, ent_coef=0.5, final_ent_coef=final, total_timesteps=4 * 16)
     init, train = make_train(args, Environment(args))
     state, train = jax.jit(init)(jax.random.key(0)), jax.jit(train)
     for _ in range(args.num_updates):
         state, _ = train(state)
     jax.effects_barrier()
-    np.testing.assert_allclose(seen, [0.5, 0.28125, 0.125, 0.03125])
+    np.testing.assert_allclose(seen, weights)

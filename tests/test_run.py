@@ -224,6 +224,7 @@ BAD = {
     "negative step size": ("--learning-rate -1", "--learning-rate"),
     "no dt": ("--dt-min 0", "--dt-min"),
     "no number": ("--learning-rate nan", "--learning-rate"),
+    "no final bonus": ("--final-ent-coef nan", "--final-ent-coef"),
     "endless": ("--learning-rate inf", "--learning-rate"),
     "more devices than there are": ("--num-devices 99", "--num-devices"),
     "no Weights & Biases": ("--track", "--track", "pip install wandb"),
