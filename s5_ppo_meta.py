@@ -1431,11 +1431,9 @@ def main():
         stop(signals[0], None)
     results = evaluation(state, update)
     steps = (update - first_update) * args.batch_size * args.num_seeds
-    timing = {
-        "total_seconds": time.time() - start_time,
-        "compile_seconds": compile_seconds,
-        "steps_per_second": steps / loop_seconds,
-    }
+    timing = {"total_seconds": time.time() - start_time, "compile_seconds": compile_seconds}
+    if steps:  # none if a finished run was resumed
+        timing["steps_per_second"] = steps / loop_seconds
     shown = (f"{name} {value:,.0f}" if value > 9 else f"{name} {value:.3g}" for name, value in timing.items())
     console.print("  ".join(shown))
     (run_dir / "eval.json").write_text(json.dumps(timing | {"results": results}, indent=2) + "\n")

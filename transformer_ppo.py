@@ -883,12 +883,9 @@ def main():
         table.add_row(str(seed), *(f"{cell.get('success_rate', cell['mean_return']):.2f}" for cell in cells))
     console.print(table)
     steps = (update - first_update) * args.batch_size * args.num_seeds
-    timing = {
-        "total_seconds": time.time() - start_time,
-        "compile_seconds": compile_seconds,
-        "steps_per_second": steps / loop_seconds,
-        "host_share": 1 - device_seconds / loop_seconds if steps else 0.0,
-    }
+    timing = {"total_seconds": time.time() - start_time, "compile_seconds": compile_seconds}
+    if steps:  # none if a finished run was resumed
+        timing |= {"steps_per_second": steps / loop_seconds, "host_share": 1 - device_seconds / loop_seconds}
     shown = (f"{name} {value:,.0f}" if value > 9 else f"{name} {value:.3g}" for name, value in timing.items())
     console.print("  ".join(shown))
     evaluation = {"chance_return": chance, "results": results} | timing
