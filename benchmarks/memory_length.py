@@ -46,10 +46,12 @@ SCRIPTS = {"S5": "s5_ppo_memory.py", "LSTM": "lstm_ppo.py", "Transformer": "tran
 SEARCH_LENGTH, SEARCH_SEEDS = 256, 2
 # Of each seed, about; the paper has 10,000 at every length.
 EPISODES = {256: 2500, 512: 2500, 1024: 2000, 2048: 2500, 4096: 5100}  # 5,000 up to 128
-# A lambda and a discount of 0: one action counts, and credit for the ones before it is noise (LOG.md, item 21).
-NAMES = ("gae-lambda", "learning-rate", "ent-coef")
-GRID = [dict(zip(NAMES, values, strict=True)) for values in product((0.0, 0.95), (3e-4, 1e-3), (0.01, 0.1))]
-SETTINGS = {model: {"gae-lambda": 0.0, "learning-rate": 3e-4, "ent-coef": 0.1, "gamma": 0.0} for model in SCRIPTS}
+# Lambda and discount, step size, entropy bonus. One action counts and is paid at once, so that credit for the ones
+# before it, and whatever the critic says of them, is noise: both 0 (LOG.md, item 21).
+NAMES = ("gae-lambda", "gamma", "learning-rate", "ent-coef")
+CREDIT = ((0.0, 0.0), (0.0, 0.99), (0.95, 0.99))
+GRID = [dict(zip(NAMES, (*credit, *rest), strict=True)) for credit, *rest in product(CREDIT, (3e-4, 1e-3), (0.01, 0.1))]
+SETTINGS = {model: dict(zip(NAMES, (0.0, 0.0, 3e-4, 0.1), strict=True)) for model in SCRIPTS}
 
 
 @dataclass
