@@ -6,11 +6,10 @@
     python benchmarks/memory_length.py --lengths                    # draw the stored table again
     python benchmarks/memory_length.py --search --models LSTM       # what SETTINGS was chosen from
 
-Each length and model is one run of its script with the flags that `flags` makes of it. Step size, entropy bonus and
-GAE's lambda are searched: GRID at memory length SEARCH_LENGTH, two seeds, memory_search.csv. SETTINGS is among the best
-of each model; of the Transformer only four settings were tried, at length 64, since at 256 all would take hours.
-The search has the scripts' discount of 0.99; that of 0 came later (LOG.md, item 21), and the stored rows of the
-Transformer, of short memories and of the LSTM at 512 are from before: column `gamma`.
+Each length and model is one run of its script with the flags that `flags` makes of it. GAE's lambda and the discount,
+step size and entropy bonus are searched: GRID at memory length SEARCH_LENGTH, two seeds, memory_search.csv. SETTINGS is
+among the best of S5 and LSTM; of the Transformer only four settings were tried, at length 64 and with a discount of
+0.99. Stored rows of the Transformer, of short memories and of the LSTM at 512 are with that discount: column `gamma`.
 Writes memory_length.csv, a row a model, length and seed, and memory_length.png beside this file.
 """
 
