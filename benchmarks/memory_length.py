@@ -9,7 +9,8 @@
 Each length and model is one run of its script with the flags that `flags` makes of it. GAE's lambda and the discount,
 step size and entropy bonus are searched: GRID at memory length SEARCH_LENGTH, two seeds, memory_search.csv. SETTINGS is
 among the best of S5 and LSTM; of the Transformer only four settings were tried, at length 64 and with a discount of
-0.99. Stored rows of the Transformer, of short memories and of the LSTM at 512 are with that discount: column `gamma`.
+0.99. Stored rows of the Transformer, of short memories and of the LSTM at 512 are with that discount (column `gamma`)
+and a bonus that fell linearly.
 Writes memory_length.csv, a row a model, length and seed, and memory_length.png beside this file.
 """
 

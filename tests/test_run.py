@@ -148,6 +148,9 @@ def test_after_a_kill_the_resumed_run_is_the_uninterrupted_one(tmp_path, uninter
     assert code == 0, err
     assert "update 2 of" not in out  # it did not begin anew
     assert results(run_dir(tmp_path)) == results(uninterrupted)
+    assert json.loads((path / "eval.json").read_text())["steps_per_second"] > 0
+    code, _, err = finish(start(tmp_path, f"--resume {path}"))  # with nothing left to do it has no speed
+    assert code == 0 and "steps_per_second" not in json.loads((path / "eval.json").read_text()), err
 
 
 @pytest.mark.parametrize(
