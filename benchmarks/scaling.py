@@ -7,7 +7,8 @@
 All with the scripts' own code. The layer: forward and backward over 8 sequences of width 64, the Transformer's window
 as long as the sequence. The update: one rollout of 8 environments on a memory of half its length and one epoch of 2
 minibatches, network as by default, window as long as the rollout. The acting step: 32 environments, against the
-context, which for S5 and LSTM is always the same carry. The models take turns within one process, so that a slow moment
+context, which for S5 and LSTM is always the same carry; and, as "environments", against their number (in the column
+`length`), with a context of 256. The models take turns within one process, so that a slow moment
 slows them all; the median of 20 repeats counts, or of as many as start within 10 seconds, but 3 at least. Where one
 call holds several gradient or acting steps, as in training, times are those of one. Peak memory is what the compiler
 sets aside for intermediate values. Slopes are fitted from length 1,024 on. Writes scaling_<device>.csv and .png beside
@@ -44,7 +45,12 @@ WIDTH, SEQUENCES = 64, 8
 
 @dataclass
 class Args:
-    parts: tuple[Literal["layer", "update", "acting step"], ...] = ("layer", "update", "acting step")
+    parts: tuple[Literal["layer", "update", "acting step", "environments"], ...] = (
+        "layer",
+        "update",
+        "acting step",
+        "environments",
+    )
     """what to measure"""
     min_length: int = 64
     """shortest sequence"""
@@ -91,11 +97,11 @@ def update(script, length):
     return jax.jit(train), (jax.jit(init)(jax.random.key(0)),)
 
 
-def acting_step(script, length):
-    """One step of the whole network, 32 environments; keys that are masked cost the same as those that are not."""
+def acting_step(script, length, num_envs=32):
+    """One step of the whole network; keys that are masked cost the same as those that are not."""
     args = script_args(script, length)
-    network, carry = script.ActorCritic(args, 2), script.SequenceModel(args).initial_carry(32)
-    obs, reset = jnp.ones((1, 32, 7)), jnp.zeros((1, 32), bool)
+    network, carry = script.ActorCritic(args, 2), script.SequenceModel(args).initial_carry(num_envs)
+    obs, reset = jnp.ones((1, num_envs, 7)), jnp.zeros((1, num_envs), bool)
     params = network.init(jax.random.key(0), carry, obs, reset)
 
     def act(params, carry, obs):  # several steps in one call, as in a rollout
@@ -109,11 +115,15 @@ def acting_step(script, length):
     return jax.jit(act), (params, carry, obs), 64
 
 
+def environments(script, num_envs):
+    return acting_step(script, 256, num_envs)
+
+
 def measure(what, length, args):
     """A row for each script: milliseconds and MiB."""
     compiled = {}
     for name, script in SCRIPTS.items():
-        if script is transformer_ppo and length > args.max_attention_length:
+        if script is transformer_ppo and what is not environments and length > args.max_attention_length:
             continue
         function, inputs, *steps = what(script, length)
         compiled[name] = (function.lower(*inputs).compile(), inputs, *(steps or [1]))
@@ -155,11 +165,14 @@ def plot(path):
     """scaling_<device>.png from the table of that device."""
     rows, device = read(path), path.stem.removeprefix("scaling_")
     fig, axes = plt.subplots(2, 3, figsize=(11, 6.4), layout="constrained")
-    axes[1, 2].set_axis_off()
     panels = [("layer", "ms"), ("update", "ms"), ("acting step", "ms"), ("layer", "MiB"), ("update", "MiB")]
-    for ax, (what, unit) in zip(axes.flat, panels, strict=False):
+    panels += [("environments", "ms")]
+    for ax, (what, unit) in zip(axes.flat, panels, strict=True):
         for name in SCRIPTS:
             mine = [r for r in rows if (r["what"], r["model"]) == (what, name) and r[unit]]
+            if not mine:
+                ax.set_axis_off()  # a table from before there was such a part
+                continue
             x, y = np.array([r["length"] for r in mine]), np.array([r[unit] for r in mine])
             label = name
             if (x >= 1024).sum() > 1:
@@ -167,9 +180,10 @@ def plot(path):
                 print(f"{device}, {what}, {name}: {unit} grows as T^{slope:.2f} from 1,024 on, T^{overall:.2f} overall")
                 label += f" (slope {slope:.2f})"
             ax.loglog(x, y, marker="o", markersize=3, label=label)
-        context = "context length" if what == "acting step" else "sequence length"
-        ax.set(xlabel=context, ylabel=unit, title=what)
-        ax.legend(fontsize="x-small")
+        axis = {"acting step": "context length", "environments": "environments"}.get(what, "sequence length")
+        ax.set(xlabel=axis, ylabel=unit, title="acting step, context 256" if what == "environments" else what)
+        if ax.lines:
+            ax.legend(fontsize="x-small")
     fig.suptitle(device)
     fig.savefig(path.with_suffix(".png"), dpi=150)
 
@@ -181,10 +195,10 @@ def main():
     lengths = [2**n for n in range(4, 20) if args.min_length <= 2**n <= args.max_length]
     path = HERE / f"scaling_{device}.csv"
     rows = read(path)
-    parts = {"layer": layer, "update": update, "acting step": acting_step}
+    parts = {"layer": layer, "update": update, "acting step": acting_step, "environments": environments}
     for part in args.parts:
         rows = [row for row in rows if row["what"] != part]
-        for length in lengths:
+        for length in lengths if part != "environments" else [2**n for n in range(9)]:
             rows += measure(parts[part], length, args)
             with path.open("w", newline="") as f:
                 table = csv.DictWriter(f, max(rows, key=len), lineterminator="\n")
