@@ -22,17 +22,17 @@ model.
 What to expect, on one core of a cloud machine's CPU on 2026-11-23, with --no-anneal-lr and seed 0 alone: it takes 141
 seconds from process start, 22 of them for compiling, at 6,200 steps per second, and answers 128 of 128 questions right;
 at memories of 64, 256 and 512 it is at chance (at 512 the cue is out of its window). An acting step reads
---context-length keys in every block, where S5 and the LSTM read one state, and the time of an update grows as
---num-steps times --context-length. A step further back is out of sight, except through a step in between, if training
-finds such a relay.
+--context-length keys in every block, where S5 and the LSTM read one state, and the products of an update grow
+as --num-steps times --context-length. A step further back is out of sight, except through a step in between, if
+training finds such a relay.
 
 Where this departs from the paper, and why:
 - PPO on many environments, not A2C on one: it fills the machine, and is what people use.
 - Attention is over a window, and to steps of the same episode only. Within a rollout the learner computes keys and
   values anew; those of earlier steps it takes from the cache that acting left, as constants, made by older parameters
   (as Transformer-XL does, Dai et al. 2019).
-- jax.nn.dot_product_attention is left to choose its kernel, and in float32 takes XLA's own: cuDNN's fused one needs
-  half precision, with which acting and learning would differ by more than 1e-3.
+- jax.nn.dot_product_attention is left to choose its kernel, which in jax 0.10 is always XLA's: cuDNN's fused one has
+  to be asked for and computes in half precision only, where all else here is float32.
 - --num-heads 2 of --key-size 16 and --mlp-size 48 give the network as many parameters as the S5 one, within 10 %, at
   the same width and number of blocks; the blocks alone have 18 % more. Usual for a width of 64 would be heads of 64 in
   all, not 32, and 256 hidden units.
@@ -97,7 +97,7 @@ class Args:
     # ---- sequence model
     num_layers: int = 2  # Transformer blocks; 0 is the network without memory
     d_model: int = 64  # D, width of the blocks
-    context_length: int = 256  # W, steps that attention covers; with MEMORY_LENGTH or less the cue is out of sight
+    context_length: int = 256  # W, steps that attention covers; with less than MEMORY_LENGTH the cue is out of sight
     num_heads: int = 2  # H, attention heads of a block
     key_size: int = 16  # K, size of a head's queries, keys and values
     mlp_size: int = 48  # hidden units between dense layers; 48 gives as many parameters as S5 has, within 10 %

@@ -171,7 +171,6 @@ def plot(path):
         for name in SCRIPTS:
             mine = [r for r in rows if (r["what"], r["model"]) == (what, name) and r[unit]]
             if not mine:
-                ax.set_axis_off()  # a table from before there was such a part
                 continue
             x, y = np.array([r["length"] for r in mine]), np.array([r[unit] for r in mine])
             label = name
@@ -184,6 +183,8 @@ def plot(path):
         ax.set(xlabel=axis, ylabel=unit, title="acting step, context 256" if what == "environments" else what)
         if ax.lines:
             ax.legend(fontsize="x-small")
+        else:
+            ax.set_axis_off()  # this part was not measured there
     fig.suptitle(device)
     fig.savefig(path.with_suffix(".png"), dpi=150)
 

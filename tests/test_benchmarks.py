@@ -57,9 +57,10 @@ def test_scaling_measures_the_three_models(what):
     assert (rows[2]["ms"] is None) == (what is not scaling.environments)
 
 
-def test_an_acting_step_computes_the_whole_network():
+@pytest.mark.parametrize("script", scaling.SCRIPTS.values(), ids=scaling.SCRIPTS)
+def test_an_acting_step_computes_the_whole_network(script):
     """Nothing that an agent needs of a step may be left out by the compiler: S5's products alone are 5 MFLOP."""
-    function, inputs, _ = scaling.acting_step(scaling.s5_ppo_memory, 64)
+    function, inputs, _ = scaling.acting_step(script, 64)
     weights = sum(x.size for x in scaling.jax.tree.leaves(inputs[0]) if x.ndim == 2)
     flops = function.lower(*inputs).compile().cost_analysis()["flops"]
     assert flops > 2 * 32 * weights

@@ -82,6 +82,16 @@ def test_flags_differ_in_the_sequence_model_only(other):
     assert all("dt_m" in line for line in missing)
 
 
+@pytest.mark.parametrize(("other", "own"), [("lstm_ppo", []), ("transformer_ppo", ["QUERY_BLOCK = 64"])])
+def test_imports_and_constants_are_the_same(other, own):
+    def rest(name):
+        return [ast.unparse(n) for n in TREES[name].body[1:] if not isinstance(n, ast.FunctionDef | ast.ClassDef)]
+
+    ours, theirs = rest("s5_ppo_memory"), rest(other)
+    assert [line for line in theirs if line not in ours] == own
+    assert [line.split("(")[0] for line in ours if line not in theirs] == ["s5_scan.defvjp"]
+
+
 def test_no_definition_is_listed_as_different_that_is_not():
     for listed, others in ((MODEL, ("lstm_ppo", "transformer_ppo")), (TASK, ("s5_ppo_meta",))):
         ours = definitions(ROOT / "s5_ppo_memory.py")
