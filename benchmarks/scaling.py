@@ -1,6 +1,6 @@
 """S5, LSTM and Transformer: time and memory against sequence length, of a layer, a PPO update and an acting step.
 
-    python benchmarks/scaling.py                      # 11 minutes on 2 idle CPU cores
+    python benchmarks/scaling.py                      # a quarter of an hour on 2 idle CPU cores
     python benchmarks/scaling.py --parts layer        # one part; the table keeps the others
     python benchmarks/scaling.py --parts              # draw the stored tables of all devices again
 
@@ -184,7 +184,8 @@ def plot(path):
         if ax.lines:
             ax.legend(fontsize="x-small")
         else:
-            ax.set_axis_off()  # this part was not measured there
+            ax.set_axis_off()
+            ax.set_title(f"{ax.get_title()}: not measured")
     fig.suptitle(device)
     fig.savefig(path.with_suffix(".png"), dpi=150)
 
