@@ -21,7 +21,7 @@ text, the flags and checks of the sequence model, and the sequence model.
 What to expect, on two cores of a cloud machine's CPU on 2026-11-25: the defaults take 38 to 39 seconds from process
 start, 6 to 7 of them for compiling, at 24,300 to 25,400 steps per second, and answer 128 of 128 questions right for
 seeds 1 to 4, about half for 0 (benchmarks/first_minute.py). Seeds 1, 2 and 4 are also right at memories of 64, 256 and
-512 steps, on which they were not trained and S5 mostly fails; trained on 256 and 512 the LSTM fails more often
+512 steps, on which they were not trained and S5 mostly fails; trained on 512 and more the LSTM fails with most seeds
 (benchmarks/memory_length.py). It goes through time step by step in learning as well, so that the time of an update
 grows with the rollout's length however parallel the machine.
 

@@ -46,6 +46,14 @@ def test_every_model_gets_as_many_steps_and_a_rollout_holds_an_episode(length):
     assert len(steps) == 1
 
 
+def test_the_stored_table_is_of_as_many_episodes_for_every_model():
+    episodes = {}
+    for row in memory_length.read(memory_length.HERE / "memory_length.csv"):
+        if (row["model"], row["length"]) not in (("Transformer", "512"), ("S5", "1024")):  # fewer: README.md
+            episodes.setdefault(row["length"], set()).add(row["episodes"])
+    assert all(len(different) == 1 for different in episodes.values()), episodes
+
+
 @pytest.mark.parametrize(
     "what", [scaling.layer, scaling.update, scaling.acting_step, scaling.environments], ids=lambda what: what.__name__
 )
