@@ -165,8 +165,14 @@ def plot(path):
     """scaling_<device>.png from the table of that device."""
     rows, device = read(path), path.stem.removeprefix("scaling_")
     fig, axes = plt.subplots(2, 3, figsize=(11, 6.4), layout="constrained")
-    panels = [("layer", "ms"), ("update", "ms"), ("acting step", "ms"), ("layer", "MiB"), ("update", "MiB")]
-    panels += [("environments", "ms")]
+    panels = [
+        ("layer", "ms"),
+        ("update", "ms"),
+        ("acting step", "ms"),
+        ("layer", "MiB"),
+        ("update", "MiB"),
+        ("environments", "ms"),
+    ]
     for ax, (what, unit) in zip(axes.flat, panels, strict=True):
         for name in SCRIPTS:
             mine = [r for r in rows if (r["what"], r["model"]) == (what, name) and r[unit]]
