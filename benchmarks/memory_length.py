@@ -82,8 +82,8 @@ def flags(model, length, args, settings):
         "num-envs": 16,
         "num-steps": num_steps,
         "update-epochs": 8,
-        # Below zero it makes the actions that do not count regular: LOG.md, item 22.
-        "final-ent-coef": 0.0 if length <= 1024 else -0.01,
+        # Below zero it makes the actions that do not count regular, as greedy play will be: LOG.md, items 22 and 26.
+        "final-ent-coef": -0.01,
         **settings,
     }
 
