@@ -24,12 +24,12 @@ What to expect, on two cores of a cloud machine's CPU (benchmarks/first_minute.p
 
 Longer memories were learned with rollouts of two episodes (--num-steps), slower states (lower --dt-min and --dt-max),
 no credit for the actions that do not count (--gae-lambda 0 --gamma 0), and a policy kept random until the memory holds
-the cue (--ent-coef); at 1,024, where five seeds at once (--num-seeds 5) took 13 minutes on one core and all of them
+the cue (--ent-coef); at 1,024, where five seeds at once (--num-seeds 5) took 10 minutes on one core and all of them
 answer everything:
 
     python s5_ppo_memory.py --memory-length 1024 --num-envs 16 --num-steps 2048 --update-epochs 8 --gae-lambda 0 \
-        --gamma 0 --dt-min 0.000390625 --dt-max 0.0125 --ent-coef 0.1 --final-ent-coef 0 --learning-rate 3e-4 \
-        --log-interval 4 --total-timesteps 2050000
+        --gamma 0 --dt-min 0.000390625 --dt-max 0.0125 --ent-coef 0.1 --final-ent-coef -0.01 --learning-rate 3e-4 \
+        --total-timesteps 2050000
 
 benchmarks/LOG.md tells how that was found.
 

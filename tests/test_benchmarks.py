@@ -38,7 +38,7 @@ def test_every_model_gets_as_many_steps_and_a_rollout_holds_an_episode(length):
         ("LSTM", scaling.lstm_ppo),
         ("Transformer", scaling.transformer_ppo),
     ):
-        flags = memory_length.flags(model, length, memory_length.Args(), memory_length.SETTINGS[model])
+        flags = memory_length.flags(model, length, memory_length.Args(), memory_length.SETTINGS)
         args = script.Args(**{name.replace("-", "_"): value for name, value in flags.items()})
         args.check()
         assert args.num_steps > length and 1000 < args.total_timesteps // (length + 1) <= 10_000
