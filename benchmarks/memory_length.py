@@ -8,8 +8,8 @@
 
 Each length and model is one run of its script with the flags that `flags` makes of it. GAE's lambda and the discount,
 step size and entropy bonus are searched: GRID at memory length SEARCH_LENGTH, two seeds, memory_search.csv, where the
-bonus ended at zero. SETTINGS, for all models, is among the best of each. Stored rows of the Transformer at 512 and
-1,024 are with a discount of 0.99 (column `gamma`) and a bonus that fell linearly to zero.
+bonus ended at zero. SETTINGS, for all models, is among the best of each. Stored rows of the Transformer at 1,024 are
+with a discount of 0.99 (column `gamma`) and a bonus that fell linearly to zero.
 Writes memory_length.csv, a row a model, length and seed, and memory_length.png beside this file.
 """
 
