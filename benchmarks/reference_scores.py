@@ -1,78 +1,69 @@
 """What a return is worth in each task of s5_ppo_meta.py: the numbers in its table TASKS.
 
-    python benchmarks/reference_scores.py                                    # all tasks; hours on 2 cores
-    python benchmarks/reference_scores.py --tasks halfcheetah --steps 4000000    # one; the table keeps the others
-    python benchmarks/reference_scores.py --steps 0                          # random and no actions only, minutes
+    python benchmarks/reference_scores.py                          # all tasks: hours on 2 cores
+    python benchmarks/reference_scores.py --tasks halfcheetah --steps 4000000    # others stay
+    python benchmarks/reference_scores.py --steps 0                # no specialists: minutes
 
-Writes reference_scores.csv beside this file. Of each task, over whole episodes: the mean return of uniformly random
-actions and of no action, and the standard deviation of the discounted returns of random actions; and the mean return
-that one seed of s5_ppo_meta.py reaches on that task alone, unprojected, over the last tenth of its training (actions
-are drawn, as in the evaluation of the script; an episode that the end of a trial cuts off counts as it is). Columns
-`command` and `commit` are what made the row: older versions had another network and step size.
+Writes reference_scores.csv beside this file. Of each task, over whole episodes: the mean return of
+uniformly random actions and of no action; `spread`, the standard deviation of the discounted
+returns of random actions (TASKS' return_std); and the mean return that one seed of s5_ppo_meta.py
+reaches on that task alone, unprojected, over the last tenth of its training (actions are drawn, and
+an episode that the end of a trial cuts off counts as it is). `command` and `commit` are what made
+the specialist: older versions had another network and step size.
 """
 
-import csv
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from common import HERE, made_by, read, train, write
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from s5_ppo_meta import TASKS, CopiesOf, Environment  # noqa: E402
-from s5_ppo_meta import Args as ScriptArgs  # noqa: E402
+from s5_ppo_meta import TASKS, Environment, ProjectedTask
+from s5_ppo_meta import Args as ScriptArgs
 
 
 @dataclass
 class Args:
-    tasks: tuple[str, ...] = tuple(TASKS)
-    """rows of TASKS"""
-    steps: int = 1_500_000
-    """training steps of a specialist; 0 keeps the stored ones"""
-    episodes: int = 256
-    """episodes of random and of no actions"""
+    tasks: tuple[str, ...] = tuple(TASKS)  # rows of TASKS
+    steps: int = 1_500_000  # training steps of a specialist; 0 keeps the stored ones
+    episodes: int = 256  # episodes of random and of no actions
 
 
-def flags(name):
-    """Flags of s5_ppo_meta.py for one task without projections."""
-    sizes = ScriptArgs(suite="locomotion")
-    task = CopiesOf(name, sizes)
+def alone(name):
+    """Args of s5_ppo_meta.py for one task without projections."""
+    task = ProjectedTask(name, ScriptArgs(suite="locomotion"))  # whose sizes any task fits
     return {
         "train_tasks": (name,),
         "held_out_tasks": (),
         "projected_obs_size": task.obs_size,
         "projected_action_size": task.action_size,
-        "projection": False,
         "trial_length": 2 * task.task.episode_length,
-        "trial_episodes": 0,
+        "trial_unit": "steps",
     }
 
 
-def fixed_policy(name, random, episodes):
-    """Mean return of the first episode in each copy, and the spread of all discounted returns, scale removed."""
-    args = ScriptArgs(**flags(name))
+def fixed_policy(name, size, episodes):
+    """Mean return of the first episode in each copy, and the spread of all discounted returns."""
+    args = ScriptArgs(**alone(name), projection=False)
     env, A = Environment((name,), args, trials_end=False), args.projected_action_size
 
     def step(carry, key):
         state, returns, alive = carry
         action_key, env_key = jax.random.split(key)
-        action = random * jax.random.uniform(action_key, (episodes, A), minval=-1, maxval=1)
-        state, timestep = env.step(env_key, state, action, jnp.ones(1))
-        returns += jnp.where(alive, timestep.raw_reward, 0.0)
-        return (state, returns, alive & ~timestep.done), timestep.discounted_return
+        action = size * jax.random.uniform(action_key, (episodes, A), minval=-1, maxval=1)
+        state, now = env.step(env_key, state, action, jnp.ones(1))
+        returns += jnp.where(alive, now.raw_reward, 0.0)
+        return (state, returns, alive & ~now.done), now.discounted_return
 
     @jax.jit
     def run(key):
         key, reset_key = jax.random.split(key)
         state, _ = env.reset(reset_key, episodes)
-        start = (state, jnp.zeros(episodes), jnp.ones(episodes, bool))
+        start = state, jnp.zeros(episodes), jnp.ones(episodes, bool)
         return jax.lax.scan(step, start, jax.random.split(key, TASKS[name].episode_length))
 
     (_, returns, _), discounted = run(jax.random.key(0))
@@ -80,51 +71,35 @@ def fixed_policy(name, random, episodes):
 
 
 def specialist(name, steps):
-    command = [sys.executable, str(HERE.parent / "s5_ppo_meta.py"), "--total-timesteps", str(steps), "--no-projection"]
-    command += ["--eval-trials", "2", "--anneal-lr", "--num-layers", "2"]
-    command += ["--num-envs", "160", "--num-minibatches", "4", "--update-epochs", "4"]
-    for flag, value in flags(name).items():
-        if flag != "projection":
-            values = value if isinstance(value, tuple) else (value,)
-            command += ["--" + flag.replace("_", "-"), *map(str, values)]
-    print(" ".join(command[1:]), flush=True)
+    """Mean return over the last tenth of a run."""
+    flags = ["--no-projection", "--total-timesteps", steps, "--anneal-lr", "--num-layers", 2]
+    flags += ["--num-envs", 160, "--num-minibatches", 4, "--update-epochs", 4, "--eval-trials", 2]
+    for flag, value in alone(name).items():
+        values = value if isinstance(value, tuple) else (value,)
+        flags += ["--" + flag.replace("_", "-"), *values]
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(command, cwd=folder, check=True)
-        (metrics,) = Path(folder, "runs").glob("*/metrics.csv")
-        with metrics.open(newline="") as f:
-            rows = list(csv.DictReader(f))
-    last = [row[f"charts/episodic_return/{name}"] for row in rows[-max(1, len(rows) // 10) :]]
-    return float(np.mean([float(x) for x in last if x]))
-
-
-def read(path):
-    if not path.exists():
-        return {}
-    with path.open(newline="") as f:
-        return {row["task"]: row for row in csv.DictReader(f)}
+        rows = read(train("s5_ppo_meta.py", flags, folder) / "metrics.csv")
+    last = rows[-max(1, len(rows) // 10) :]
+    return float(np.nanmean([float(row[f"charts/episodic_return/{name}"]) for row in last]))
 
 
 def main():
     args = tyro.cli(Args, description=__doc__)
     path = HERE / "reference_scores.csv"
     for name in args.tasks:
-        start, old = time.time(), read(path).get(name, {})
+        start, rows = time.time(), {row["task"]: row for row in read(path)}
         random_return, spread = fixed_policy(name, 1.0, args.episodes)
         idle_return, _ = fixed_policy(name, 0.0, args.episodes)
         row = {"task": name, "random": random_return, "idle": idle_return, "spread": spread}
-        row |= {key: old.get(key) for key in ("specialist", "specialist_steps", "seconds", "command", "commit")}
         if args.steps:
             row |= {"specialist": specialist(name, args.steps), "specialist_steps": args.steps}
             row["seconds"] = round(time.time() - start)
             row["command"] = f"benchmarks/reference_scores.py --tasks {name} --steps {args.steps}"
-            row["commit"] = subprocess.getoutput(f'git -C "{HERE}" rev-parse --short HEAD')
+            row["commit"] = made_by()["commit"]
         row = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
         print(row, flush=True)
-        rows = read(path) | {name: row}
-        with path.open("w", newline="") as f:
-            table = csv.DictWriter(f, row, lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows[name] for name in TASKS if name in rows)
+        rows[name] = rows.get(name, {}) | row
+        write(path, [rows[task] for task in TASKS if task in rows])
 
 
 if __name__ == "__main__":

@@ -1,33 +1,27 @@
-"""Environment steps per second of s5_ppo_memory.py, as a share of what the machine's matrix products would allow.
+"""Environment steps per second of s5_ppo_memory.py, as a share of what matrix products would allow.
 
     python benchmarks/speed.py    # a minute on 2 idle CPU cores
 
-Memory length 30, 32 environments x 256 steps, 4 epochs x 4 minibatches, encoder 128-64, 2 layers of 64, heads 128-128.
-Training and a bare product of (2048, 128) by (128, 128) matrices, the largest in that network, run in turn in one
-process, so that both see the same machine. Appends a row to speed.csv beside this file.
+The script's defaults. Training, and a bare product of (2048, 128) by (128, 128) matrices, the
+largest in that network, run in turn in one process, so that both see the same machine. Appends a
+row to speed.csv beside this file; rows before 2026-11-26 are of an older version.
 """
 
-import csv
-import subprocess
-import sys
 import time
-from datetime import date
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import HERE, append, made_by
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from s5_ppo_memory import ActorCritic, Args, Environment, SequenceModel, make_train
+from s5_ppo_memory import ActorCritic, Args, Environment, make_train
 
-HERE = Path(__file__).resolve().parent
 PRODUCTS = 400
 
 
 def main():
-    jax.config.update("jax_default_matmul_precision", "highest")  # as the script does
-    args = Args(memory_length=30)
+    jax.config.update("jax_enable_compilation_cache", False)
+    args = Args()
     env = Environment(args)
     init, train = make_train(args, env)
     state = jax.jit(init)(jax.random.key(0))
@@ -39,43 +33,30 @@ def main():
     def products(x, w):
         return jax.lax.fori_loop(0, PRODUCTS, lambda _, x: x @ w, x)
 
-    x, w = jnp.ones((2048, 128)), jnp.eye(128)
-    jax.block_until_ready((train(state), products(x, w)))
-    train_seconds, product_seconds = [], []
-    for _ in range(10):
-        start = time.perf_counter()
-        jax.block_until_ready(train(state))
-        train_seconds.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        jax.block_until_ready(products(x, w))
-        product_seconds.append(time.perf_counter() - start)
+    inputs = jnp.ones((2048, 128)), jnp.eye(128)
+    seconds = np.zeros((11, 2))
+    for i in range(len(seconds)):
+        for j, run in enumerate((lambda: train(state), lambda: products(*inputs))):
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds[i, j] = time.perf_counter() - start
+    training, product = seconds[1:].T  # the first of each warms up
 
-    # Forward once to act, and forward and backward (three times the work of forward) in each epoch.
-    carry = SequenceModel(args).initial_carry(args.num_envs)
-    forward = jax.jit(ActorCritic(args, env.num_actions).apply).lower(
-        state.params, carry, jnp.zeros((1, args.num_envs, env.obs_size)), jnp.zeros((1, args.num_envs), bool)
-    )
-    flop_per_step = forward.compile().cost_analysis()["flops"] / args.num_envs * (1 + 3 * args.update_epochs)
+    # Forward to act, and forward and backward, thrice the work of forward, in each epoch.
+    forward = jax.jit(ActorCritic(args, env.num_actions).apply)
+    forward = forward.lower(state.params, state.carry, state.obs[None], state.reset[None])
+    flop = forward.compile().cost_analysis()["flops"] / args.num_envs * (1 + 3 * args.update_epochs)
     steps = args.log_interval * args.batch_size
-    ceiling = PRODUCTS * 2 * 2048 * 128 * 128 / np.median(product_seconds)
+    ceiling = PRODUCTS * 2 * 2048 * 128 * 128 / np.median(product)
     row = {
-        "date": date.today().isoformat(),
-        "commit": subprocess.getoutput(f'git -C "{HERE}" rev-parse --short HEAD'),
-        "device": jax.devices()[0].device_kind,
         "compile_seconds": f"{compile_seconds:.1f}",
-        "steps_per_second_median": round(steps / np.median(train_seconds)),
-        "steps_per_second_best": round(steps / np.min(train_seconds)),
-        "mflop_per_step": f"{flop_per_step / 1e6:.2f}",
+        "steps_per_second_median": round(steps / np.median(training)),
+        "steps_per_second_best": round(steps / training.min()),
+        "mflop_per_step": f"{flop / 1e6:.2f}",
         "matmul_gflop_per_second": round(ceiling / 1e9),
-        "share_of_ceiling": f"{flop_per_step * steps / np.median(train_seconds) / ceiling:.2f}",
+        "share_of_ceiling": f"{flop * steps / np.median(training) / ceiling:.2f}",
     }
-    print(row)
-    path = HERE / "speed.csv"
-    with path.open("a", newline="") as f:
-        writer = csv.DictWriter(f, row, lineterminator="\n")
-        if f.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
+    append(HERE / "speed.csv", row | made_by())
 
 
 if __name__ == "__main__":

@@ -1,16 +1,141 @@
-"""What the benchmarks make of their measurements."""
+"""What the benchmarks make of their runs and measurements."""
 
+import csv
+import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import ablations
+import adaptation
+import common
 import foresight
 import memory_length
+import reference_scores
 import s5_layer
 import scaling
+import watch
+
+import s5_ppo_memory
+import s5_ppo_meta
+
+SMALL = {"num_minibatches": 2, "update_epochs": 1, "d_model": 8, "state_size": 4}
+SMALL |= {"num_envs": 4, "num_steps": 8, "encoder_size": 8, "head_size": 8, "log_interval": 1}
+
+
+def leave_a_run(script, run_dir, **flags):
+    """A run directory as an untrained run leaves it, and its state."""
+    run_dir.mkdir()
+    args = script.Args(**SMALL, **flags)
+    tasks = [args.train_tasks] if script is s5_ppo_meta else []
+    init, _ = script.make_train(args, script.Environment(*tasks, args))
+    keys = jnp.stack([jax.random.PRNGKey(args.seed + i) for i in range(args.num_seeds)])
+    state = jax.jit(partial(jax.lax.map, init))(keys)
+    row = {"global_step": 0, "seed": 0, "charts/SPS": 5.0, "charts/score": 0.0}
+    script.write_config(run_dir, args, [])
+    script.save(run_dir, state, [row], "score")
+    return state
+
+
+@pytest.fixture(scope="module")
+def meta_run(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("meta") / "run"
+    tasks = {"train_tasks": ("cartpole-positions",), "trial_length": 2, "num_layers": 1}
+    return run_dir, leave_a_run(s5_ppo_meta, run_dir, num_seeds=2, **tasks)
+
+
+# ---- tables and runs
+def test_a_table_keeps_all_columns_that_any_row_has(tmp_path):
+    common.append(tmp_path / "t.csv", {"a": 1, "b": 2})
+    common.append(tmp_path / "t.csv", {"b": 3, "c": None})
+    rows = [{"a": "1", "b": "2", "c": ""}, {"a": "", "b": "3", "c": ""}]
+    assert common.read(tmp_path / "t.csv") == rows and common.read(tmp_path / "none.csv") == []
+
+
+def test_a_run_is_loaded_as_it_was_left(meta_run):
+    run_dir, left = meta_run
+    args, state, keys = common.load(s5_ppo_meta, run_dir)
+    assert (args.train_tasks, args.trial_length, args.num_seeds) == (("cartpole-positions",), 2, 2)
+    assert keys.tolist() == [[0, 0], [0, 1]]
+    jax.tree.map(np.testing.assert_array_equal, state, left)
+
+
+def test_a_run_without_a_checkpoint_is_an_error_of_one_line(meta_run, tmp_path):
+    (tmp_path / "config.json").write_bytes((meta_run[0] / "config.json").read_bytes())
+    for path, missing in ((tmp_path, "checkpoint.gz"), (tmp_path / "no", "config.json")):
+        with pytest.raises(SystemExit) as error:
+            common.load(s5_ppo_meta, path)
+        assert missing in error.value.code and "\n" not in error.value.code
+
+
+# ---- learning in context
+def test_finished_runs_are_evaluated_anew_seed_by_seed_and_stay_as_they_are(
+    meta_run, tmp_path, monkeypatch
+):
+    run_dir, left = meta_run
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    settings = {"eval_trials": 3, "eval_trial_length": 3, "held_out_tasks": ("cartpole",)}
+    report, seen = s5_ppo_meta.report, []
+
+    def spy(folder, state, keys, *rest):
+        seen.append((state, keys))
+        report(folder, state, keys, *rest)
+
+    monkeypatch.setattr(s5_ppo_meta, "report", spy)
+    args, rows = adaptation.evaluate(run_dir, settings)
+    for i, (state, keys) in enumerate(seen):
+        jax.tree.map(
+            np.testing.assert_array_equal, state, jax.tree.map(lambda x, i=i: x[[i]], left)
+        )
+        assert keys.tolist() == [[0, i]]
+    assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
+    for task in ("cartpole-positions", "cartpole"):
+        for memory in s5_ppo_meta.MEMORIES:
+            scores = adaptation.pick(rows, task, memory, "mean")
+            assert scores.shape == (2, 3) and len({*scores.ravel()}) > 3
+            assert (adaptation.pick(rows, task, memory, "trials") == 3).all()
+            assert adaptation.pick(rows, task, memory, "ci95", half=True).shape == (2, 1)
+    tasks = ["cartpole-positions", "cartpole"]
+    adaptation.plot(rows, tasks, args, tmp_path / "curves.png")
+    adaptation.plot_scores(rows, tasks, args.held_out_tasks, tmp_path / "scores.png")
+    for name in ("curves", "scores"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_columns_of_seeds_end_where_the_shortest_does(capsys):
+    def row(run, memory, episode, mean):
+        row = {"run": run, "seed": 0, "task": "pole", "memory": memory}
+        return row | {"episode": episode, "mean": mean, "ci95": "0.1"}
+
+    rows = [row("A", "kept", str(i), str(i)) for i in range(3)]
+    rows += [row("B", "kept", str(i), str(10 * i)) for i in range(2)]
+    rows += [row("A", "kept", "second half", "0.25"), row("B", "kept", "second half", "0.75")]
+    picked = adaptation.pick(rows, "pole", "kept", "mean")
+    np.testing.assert_array_equal(picked, [[0, 1], [0, 10]])
+    assert adaptation.pick(rows, "pole", "trained without", "mean").shape == (0, 0)
+    adaptation.print_table(rows, ["pole"], ())
+    assert "| pole | 0.25 0.75 | – | – | – |" in capsys.readouterr().out
+
+
+def test_a_film_shows_each_step_of_the_trial():
+    args = s5_ppo_meta.Args(suite="classic", train_tasks=("reacher",), held_out_tasks=(), **SMALL)
+    env = watch.Filmed(args.train_tasks, args, trials_end=False)
+    args.eval_trials, args.eval_trial_length = 1, 3
+
+    def film(key):
+        network, (_, obs) = s5_ppo_meta.ActorCritic(args), env.reset(key, 1)
+        params = network.init(key, network.initial_carry(1), obs[None], jnp.ones((1, 1), bool))
+        return s5_ppo_meta.run_trials(params, jnp.ones(1), key, False, False, args, env)
+
+    frames, done = jax.eval_shape(film, jax.random.key(0))
+    assert done.shape == (3 + 100, 1)
+    assert frames.x.pos.shape[:2] == (3 + 100, 1)  # of brax's bodies
 
 
 def test_errors_of_prediction_go_by_the_step_of_the_episode_in_units_of_the_usual_change():
@@ -30,20 +155,42 @@ def test_errors_of_prediction_go_by_the_step_of_the_episode_in_units_of_the_usua
     assert len(first) == len(later) == foresight.FIRST_STEPS
 
 
+def test_reference_returns_are_those_of_whole_episodes_from_new_starts():
+    """A pole that is left alone falls after nine to ten steps, of which each is worth one."""
+    idle, spread = reference_scores.fixed_policy("cartpole", 0.0, 64)
+    assert 8.5 < idle < 10.5
+    assert 2 < spread < 3.5  # near that of 1, 2 ... 9
+
+
+def test_every_patch_applies_and_makes_another_program(tmp_path):
+    programs = {}
+    for i, variant in enumerate(ablations.PATCHES):
+        path = tmp_path / f"patched_{i}.py"
+        path.write_text(ablations.patched(variant))
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        script = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        args = script.Args(**SMALL, num_layers=1, train_tasks=("cartpole",))
+        init, train = script.make_train(args, script.Environment(args.train_tasks, args))
+        state = jax.eval_shape(init, jax.random.PRNGKey(0))
+        programs[variant] = str(jax.make_jaxpr(train)(state))
+    assert programs.pop("no prediction") == programs["as it is"]  # it differs by a flag
+    assert ablations.FLAGS["no prediction"] == ["--prediction-coef", "0"]
+    assert len(set(programs.values())) == len(programs)
+
+
+# ---- memory
 @pytest.mark.parametrize("length", memory_length.LENGTHS)
 def test_every_model_gets_as_many_steps_and_a_rollout_holds_an_episode(length):
     steps = set()
-    for model, script in (
-        ("S5", scaling.s5_ppo_memory),
-        ("LSTM", scaling.lstm_ppo),
-        ("Transformer", scaling.transformer_ppo),
-    ):
-        flags = memory_length.flags(model, length, memory_length.Args(), memory_length.SETTINGS)
+    for model, script in scaling.SCRIPTS.items():
+        flags = memory_length.flags(model, length, 5, memory_length.SETTINGS)
         args = script.Args(**{name.replace("-", "_"): value for name, value in flags.items()})
-        args.check()
-        assert args.num_steps > length and 1000 < args.total_timesteps // (length + 1) <= 10_000
+        assert args.min_memory_length == args.memory_length == length < args.num_steps
+        assert 1000 < args.total_timesteps // (length + 1) <= 10_000
         steps.add((args.num_updates, args.batch_size))
     assert len(steps) == 1
+    assert args.context_length >= length + 2  # the Transformer's
 
 
 def test_the_stored_table_is_of_as_many_episodes_for_every_model():
@@ -53,30 +200,86 @@ def test_the_stored_table_is_of_as_many_episodes_for_every_model():
     assert all(len(different) == 1 for different in episodes.values()), episodes
 
 
-@pytest.mark.parametrize(
-    "what", [scaling.layer, scaling.update, scaling.acting_step, scaling.environments], ids=lambda what: what.__name__
-)
-def test_scaling_measures_the_three_models(what):
-    rows = scaling.measure(what, 64, scaling.Args(max_attention_length=32))
+def test_a_run_is_asked_at_lengths_that_it_was_not_trained_to(monkeypatch):
+    given = {}
+
+    def train(script, flags, folder):
+        given[script] = dict(zip(flags[::2], flags[1::2], strict=True))
+        run_dir, flags = Path(folder, "run"), {"memory_length": 2, "num_seeds": 2}
+        leave_a_run(s5_ppo_memory, run_dir, eval_episodes=16, **flags)
+        (run_dir / "eval.json").write_text('{"trained_after": 1.0}')
+        return run_dir
+
+    monkeypatch.setattr(memory_length, "train", train)
+    rows = memory_length.at_other_lengths("S5", 2, 2)
+    assert given == {"s5_ppo_memory.py": {"--memory-length": 2, "--num-seeds": 2}}
+    asked = [(row["asked"], row["seed"]) for row in rows]
+    assert asked == [(length, seed) for length in (1, 2, 4, 8, 16, 32) for seed in (0, 1)]
+    assert all(-1 <= row["greedy_return"] <= 1 for row in rows)  # of whole episodes: odd of 16
+    assert all((16 * row["greedy_return"] / 2) % 1 == 0 for row in rows)
+
+
+def test_new_rows_replace_those_of_their_cell_and_medians_are_drawn(tmp_path):
+    path = tmp_path / "t.csv"
+
+    def cell(model, length, *returns):
+        row = {"model": model, "length": length}
+        return [row | {"seed": i, "greedy_return": x} for i, x in enumerate(returns)]
+
+    memory_length.replace(path, cell("S5", 8, 1.0, 1.0), ("model", "length"))
+    memory_length.replace(path, cell("LSTM", 8, 1.0, 0.5, 0.0), ("model", "length"))
+    memory_length.replace(path, cell("S5", 8, 0.0), ("model", "length"))
+    with path.open(newline="") as f:
+        table = [(r["model"], r["seed"], r["greedy_return"]) for r in csv.DictReader(f)]
+    lstm = [("LSTM", str(i), str(x)) for i, x in enumerate((1.0, 0.5, 0.0))]
+    assert table == [*lstm, ("S5", "0", "0.0")]
+    rows = memory_length.read(path)
+    np.testing.assert_array_equal(
+        memory_length.pick(rows, "LSTM"), [[8] * 3, [1, 0.5, 0], [0, 1, 2]]
+    )
+    of_16 = [row | {"asked": "16"} for row in rows]
+    np.testing.assert_array_equal(memory_length.pick(of_16, "S5", 8), [[2], [0], [0]])
+    assert memory_length.pick(of_16, "S5", 4).shape == (3, 0)
+    for generalisation in ([], of_16):
+        memory_length.plot(tmp_path / "t.png", rows, generalisation)
+        assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- speed
+def test_scaling_measures_the_three_models():
+    rows = scaling.measure("layer", 32, scaling.Args(max_attention_length=16))
     assert [row["model"] for row in rows] == ["S5", "LSTM", "Transformer"]
     assert all(row["ms"] > 0 and row["MiB"] > 0 for row in rows[:2])
-    # A cell that was not run is blank; against the number of environments the context is always 256.
-    assert (rows[2]["ms"] is None) == (what is not scaling.environments)
+    assert rows[2]["ms"] is None  # too long for it
 
 
-@pytest.mark.parametrize("script", scaling.SCRIPTS.values(), ids=scaling.SCRIPTS)
-def test_an_acting_step_computes_the_whole_network(script):
-    """Nothing that an agent needs of a step may be left out by the compiler: S5's products alone are 5 MFLOP."""
-    function, inputs, _ = scaling.acting_step(script, 64)
-    weights = sum(x.size for x in scaling.jax.tree.leaves(inputs[0]) if x.ndim == 2)
+@pytest.mark.parametrize("model", scaling.SCRIPTS)
+def test_an_acting_step_computes_the_whole_network(model):
+    """The compiler may leave out nothing that an agent needs: S5's products alone are 5 MFLOP."""
+    function, inputs, _ = scaling.acting_step(model, 64)
+    weights = sum(x.size for x in jax.tree.leaves(inputs[0]) if x.ndim == 2)
     flops = function.lower(*inputs).compile().cost_analysis()["flops"]
     assert flops > 2 * 32 * weights
 
 
-def test_the_layers_that_are_compared_compute_the_same():
-    compiled = [s5_layer.compile_layer(scan, 32) for scan in s5_layer.SCANS.values()]
-    after = [function(*inputs) for function, inputs in compiled]
-    for other in after[1:]:
-        scaling.jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), after[0], other)
-    moved = scaling.jax.tree.map(lambda x, y: float(np.abs(x - y).max()), after[0], compiled[0][1])
-    assert max(scaling.jax.tree.leaves(moved)) > 1e-7
+def test_the_layers_that_are_compared_compute_the_same_by_other_programs():
+    args, rng = s5_layer.ARGS, np.random.default_rng(0)
+    u, reset = rng.normal(size=(9, 2, args.d_model)).astype(np.float32), rng.random((9, 2)) < 0.3
+    state = jnp.ones((2, args.state_size), jnp.complex64)
+    params = s5_layer.S5(args).init(jax.random.key(0), state, u, reset)
+
+    def of(scan):  # new each time: jax keeps what it has traced
+        apply = s5_layer.layer_with(scan)
+        return lambda *inputs: apply(*inputs, reset)
+
+    programs = [str(jax.make_jaxpr(of(scan))(params, state, u)) for scan in s5_layer.SCANS.values()]
+    assert len(set(programs)) == len(s5_layer.SCANS)
+    expected, *others = [of(scan)(params, state, u) for scan in s5_layer.SCANS.values()]
+    for other in others:
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), other, expected)
+
+
+def test_a_compared_layer_is_trained():
+    function, inputs = s5_layer.compile_layer(s5_layer.SCANS["associative"], 8)
+    moved = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), function(*inputs), inputs)
+    assert all(x > 0 for x in jax.tree.leaves(moved))

@@ -1,4 +1,5 @@
-"""The environment: the task is the one it claims to be, and the agent is told what it did and when it starts anew."""
+"""The environment: the task is the one it claims to be, and the agent is told when it starts anew,
+what came of its last action and, only if asked, which that was."""
 
 import gymnax
 import jax
@@ -10,145 +11,159 @@ from bsuite.environments.memory_chain import MemoryChain
 from s5_ppo_memory import Args, Environment
 
 N = 4
+PARAMS = {"max_steps_in_episode": 15.0, "gravity": 60}
+CART_POLE = Args(env_id="CartPole-v1", env_params=PARAMS, observe_action=True)
 
 
-def play(env, num_steps, num_envs=N, seed=0):
-    """Random actions: the first Timestep and the state before each step, then all actions and Timesteps (T, N, ...)."""
-    key, action_key = jax.random.split(jax.random.key(seed))
-    actions = jax.random.randint(action_key, (num_steps, num_envs), 0, env.num_actions)
+def play(args, num_steps, num_envs=N):
+    """Random actions: env, the first obs, and the state before each step, actions and Timesteps."""
+    env = Environment(args)
+    keys = jax.random.split(jax.random.PRNGKey(0), num_steps)
+    actions = jax.random.randint(keys[0], (num_steps, num_envs), 0, env.num_actions)
 
     def step(state, inputs):
-        key, action = inputs
-        next_state, timestep = env.step(key, state, action, env.params)
+        next_state, timestep = env.step(inputs[0], state, inputs[1])
         return next_state, (state, timestep)
 
     @jax.jit
-    def run(key, actions):
-        key, reset_key = jax.random.split(key)
-        state, first = env.reset(reset_key, env.params, num_envs)
-        return first, jax.lax.scan(step, state, (jax.random.split(key, num_steps), actions))[1]
+    def run(actions):
+        state, obs = env.reset(keys[0], num_envs)
+        return obs, jax.lax.scan(step, state, (keys, actions))[1]
 
-    first, (states, timesteps) = run(key, actions)
-    return jax.tree.map(np.asarray, (first, states, actions, timesteps))
-
-
-@pytest.mark.parametrize("memory_length", [1, 2, 6])
-def test_memory_chain_is_the_original_of_bsuite(memory_length):
-    first, states, actions, timesteps = play(Environment(Args(memory_length=memory_length)), 60, num_envs=1)
-    original = MemoryChain(memory_length)
-
-    def reset(t):
-        original.reset()
-        original._context = states.inner.context[t, 0]  # the one thing that chance decides
-        return original._get_observation()[0]
-
-    np.testing.assert_array_equal(first.obs[0, :3], reset(0))
-    episodes = 0
-    for t in range(59):
-        expected = original.step(actions[t, 0])
-        np.testing.assert_allclose(timesteps.final_obs[t, 0, :3], expected.observation[0], atol=1e-6)
-        assert timesteps.reward[t, 0] == expected.reward
-        assert timesteps.done[t, 0] == expected.last()
-        assert not timesteps.truncated[t, 0]
-        seen = reset(t + 1) if expected.last() else expected.observation[0]
-        np.testing.assert_allclose(timesteps.obs[t, 0, :3], seen, atol=1e-6)
-        episodes += expected.last()
-    assert episodes >= 5
+    obs, (states, timesteps) = run(actions)
+    return env, *jax.tree.map(np.asarray, (obs, states, actions, timesteps))
 
 
-@pytest.mark.parametrize("args", [Args(memory_length=3), Args(env_id="CartPole-v1", env_params={"gravity": 40})])
-def test_agent_sees_its_last_action_and_reward_or_a_reset_flag(args):
-    env = Environment(args)
-    first, _, actions, timesteps = play(env, 60)
-    previous = np.concatenate([np.eye(2)[actions], timesteps.reward[..., None]], axis=-1)
-    started = timesteps.done[..., None]
-    assert started.any(0).all()
-    raw = env.obs_size - 4
-    np.testing.assert_array_equal(first.obs[:, raw:], [[0, 0, 0, 1]] * N)
-    np.testing.assert_array_equal(timesteps.obs[..., raw:], np.concatenate([previous * ~started, started], axis=-1))
-    np.testing.assert_array_equal(timesteps.final_obs[..., raw:], np.concatenate([previous, 0 * started], axis=-1))
-    np.testing.assert_array_equal(timesteps.reset, timesteps.done)
-    assert first.reset.all() and not first.done.any()
+@pytest.fixture(scope="module")
+def memory():
+    return play(Args(memory_length=6, min_memory_length=1), 60, num_envs=3)
 
 
-def test_returns_and_lengths_count_one_episode():
-    first, _, _, timesteps = play(Environment(Args(env_id="CartPole-v1")), 100)
-    total, length = first.reward, np.zeros(N)
-    for t in range(100):
-        total, length = total + timesteps.reward[t], length + 1
-        np.testing.assert_array_equal(timesteps.episode_return[t], total)
-        np.testing.assert_array_equal(timesteps.episode_length[t], length)
-        total, length = total * ~timesteps.done[t], length * ~timesteps.done[t]
-    assert timesteps.done.sum() > N
+@pytest.fixture(scope="module")
+def cart_pole():
+    return play(CART_POLE, 100)
 
 
-def test_every_episode_starts_from_a_fresh_state():
-    first, _, _, timesteps = play(Environment(Args(env_id="CartPole-v1", env_params={"max_steps_in_episode": 3})), 30)
-    starts = np.concatenate([first.obs, timesteps.obs[timesteps.done]])
-    assert len(starts) == N * 11
-    assert len(np.unique(starts, axis=0)) == len(starts)
-    _, states, _, _ = play(Environment(Args(memory_length=1)), 60)
-    assert (np.ptp(states.inner.context[..., 0], axis=0) == 1).all()  # both cues come up in each environment
+def test_memory_chain_is_the_original_of_bsuite(memory):
+    """Of every length; also that both cues come up, and what happens as an episode starts."""
+    _, first, (inner, _), actions, timesteps = memory
+    for i, length in enumerate((6, 2, 1)):
+        original = MemoryChain(length)
 
+        def reset(t, i=i, original=original):
+            original.reset()
+            original._context = inner.env_state.context[t, i]  # the one thing that chance decides
+            return original._get_observation()[0]
 
-def test_a_long_memory_is_asked_at_its_end():
-    _, _, _, timesteps = play(Environment(Args(memory_length=1500)), 1600)
-    (ends,) = np.nonzero(timesteps.done[:, 0])
-    assert list(ends) == [1500]
-    assert (np.abs(timesteps.reward[1500]) == 1).all()
+        np.testing.assert_array_equal(first[i, :3], reset(0))
+        for t in range(59):
+            expected = original.step(actions[t, i])
+            seen = timesteps.final_obs[t, i, :3]
+            np.testing.assert_allclose(seen, expected.observation[0], atol=1e-6)
+            assert timesteps.reward[t, i] == expected.reward
+            assert timesteps.done[t, i] == expected.last()
+            seen = reset(t + 1) if expected.last() else expected.observation[0]
+            np.testing.assert_allclose(timesteps.obs[t, i, :3], seen, atol=1e-6)
+        assert set(inner.env_state.context[:, i, 0]) == {0, 1}
     assert not timesteps.truncated.any()
 
 
-def test_another_environment_steps_as_gymnax_does():
-    env = Environment(Args(env_id="CartPole-v1"))
-    raw, params = gymnax.make("CartPole-v1")
-    state, timestep = env.reset(jax.random.key(0), env.params, N)
-    obs, raw_state = jax.vmap(raw.reset, (0, None))(jax.random.split(jax.random.key(0), N), params)
-    np.testing.assert_array_equal(timestep.obs[:, :4], obs)
-    step, raw_step = jax.jit(env.step), jax.vmap(raw.step, (0, 0, 0, None))
-    ended = 0
-    for t in range(40):
-        key, action = jax.random.key(t), jnp.full(N, t % 3 > 0, jnp.int32)
-        state, timestep = step(key, state, action, env.params)
-        obs, raw_state, reward, terminated, truncated, info = raw_step(
-            jax.random.split(key, N), raw_state, action, params
-        )
-        np.testing.assert_allclose(timestep.obs[:, :4], obs, atol=1e-6)
-        np.testing.assert_allclose(timestep.final_obs[:, :4], info["final_observation"], atol=1e-6)
-        np.testing.assert_array_equal(timestep.reward, reward)
-        np.testing.assert_array_equal(timestep.done, terminated | truncated)
-        ended += int(timestep.done.sum())
-    assert ended
+def test_memory_lengths_are_spread_evenly_by_logarithm_or_given():
+    env = Environment(Args(memory_length=64, min_memory_length=1))
+    reset, key = jax.jit(env.reset, static_argnums=1), jax.random.PRNGKey(0)
+    lengths = [reset(key, 7, length)[0][1].memory_length.tolist() for length in (None, 1500)]
+    assert lengths == [[64, 32, 16, 8, 4, 2, 1], [1500] * 7]
+    args = Args(memory_length=1500, min_memory_length=1500)  # as in the paper
+    _, _, (_, params), _, timesteps = play(args, 1501, num_envs=2)
+    assert (params.memory_length == 1500).all()
+    assert np.nonzero(timesteps.done[:, 0])[0].tolist() == [1500]
+    assert not timesteps.truncated.any() and (np.abs(timesteps.reward[1500]) == 1).all()
 
 
-def test_env_params_override_the_defaults():
-    env = Environment(Args(env_id="CartPole-v1", env_params={"max_steps_in_episode": 7.0, "gravity": 1}))
-    assert (env.params.max_steps_in_episode, env.params.gravity) == (7, 1.0)
-    assert isinstance(env.params.max_steps_in_episode, int) and isinstance(env.params.gravity, float)
-    _, _, _, timesteps = play(env, 28)
-    assert timesteps.truncated[6::7].all() and timesteps.truncated.sum() == 4 * N
+@pytest.mark.parametrize("task", ["memory", "cart_pole"])
+def test_agent_sees_its_last_reward_or_a_reset_flag_and_its_action_if_asked(task, request):
+    """In MemoryChain an action that is seen could carry the cue on without any memory."""
+    _, first, _, actions, timesteps = request.getfixturevalue(task)
+    previous = timesteps.reward[..., None]
+    if task == "cart_pole":
+        previous = np.concatenate([np.eye(2)[actions], previous], axis=-1)
+    started, raw = timesteps.done[..., None], {"memory": 3, "cart_pole": 4}[task]
+    assert started.any(0).all() and first.shape[1] == raw + previous.shape[-1] + 1
+    np.testing.assert_array_equal(first[:, raw:-1], 0 * previous[0])
+    np.testing.assert_array_equal(first[:, -1], 1)
+    expected = np.concatenate([previous * ~started, started], axis=-1)
+    np.testing.assert_array_equal(timesteps.obs[..., raw:], expected)
+    expected = np.concatenate([previous, 0 * started], axis=-1)
+    np.testing.assert_array_equal(timesteps.final_obs[..., raw:], expected)
+    np.testing.assert_array_equal(timesteps.reset, timesteps.done)
+
+
+def test_another_environment_steps_as_gymnax_does_with_its_params_and_starts_afresh(cart_pole):
+    env, first, (inner, params), actions, timesteps = cart_pole
+    _, raw_params = gymnax.make("CartPole-v1")
+    raw_params = raw_params.replace(max_steps_in_episode=15, gravity=60.0)
+    assert isinstance(env.params.max_steps_in_episode, int) and isinstance(
+        env.params.gravity, float
+    )
+    assert (params.gravity == 60).all() and (params.force_mag == raw_params.force_mag).all()
+
+    state = jax.tree.map(lambda x: x.reshape(100 * N, *x.shape[2:]), inner.env_state)
+    raw, key = gymnax.make("CartPole-v1")[0], jax.random.PRNGKey(0)
+    step = jax.jit(jax.vmap(raw.step_env, (None, 0, 0, None)))
+    obs, _, reward, terminated, _ = step(key, state, actions.reshape(-1), raw_params)
+    terminated = np.asarray(terminated.reshape(100, N))
+    at_limit = inner.env_state.time == 14
+    np.testing.assert_allclose(timesteps.final_obs[..., :4].reshape(-1, 4), obs, atol=1e-6)
+    np.testing.assert_array_equal(timesteps.reward.reshape(-1), reward)
+    np.testing.assert_array_equal(timesteps.done, terminated | at_limit)
+    # A limit that meets a termination is no truncation.
+    np.testing.assert_array_equal(timesteps.truncated, at_limit & ~terminated)
+    assert (at_limit & ~terminated).any() and (terminated & ~at_limit).any()
+    # What the next step starts from is a fresh state, each time another, or else the last one.
+    started = timesteps.done[:-1]
+    np.testing.assert_allclose(timesteps.obs[:-1, :, 0], inner.env_state.x[1:], atol=1e-6)
+    goes_on = timesteps.final_obs[:-1, :, :4][~started]
+    np.testing.assert_array_equal(timesteps.obs[:-1, :, :4][~started], goes_on)
+    starts = np.concatenate([first, timesteps.obs[timesteps.done]])[:, :4]
+    assert len(np.unique(starts, axis=0)) == len(starts) > 5 * N
+    assert (np.abs(starts) <= 0.05).all()
+
+
+def test_returns_are_those_of_the_last_episode_that_ended(cart_pole):
+    *_, timesteps = cart_pole
+    total, last = np.zeros(N), np.zeros(N)
+    for t in range(100):
+        total += timesteps.reward[t]
+        last = np.where(timesteps.done[t], total, last)
+        np.testing.assert_array_equal(timesteps.episode_return[t], last)
+        total *= ~timesteps.done[t]
+    assert len(set(timesteps.episode_return[timesteps.done])) > 1
 
 
 def test_a_time_limit_that_meets_a_termination_is_no_truncation():
-    _, states, _, timesteps = play(
-        Environment(Args(env_id="CartPole-v1", env_params={"max_steps_in_episode": 10})), 200
+    env = Environment(CART_POLE)
+    (inner, params), _ = env.reset(jax.random.PRNGKey(0), 2)
+    state = inner.env_state.replace(time=jnp.full(2, 14), theta=jnp.array([0.0, 1.0]))
+    _, timestep = env.step(
+        jax.random.PRNGKey(0), (inner.replace(env_state=state), params), jnp.zeros(2, jnp.int32)
     )
-    at_limit = states.inner.time == 9
-    fallen = np.abs(timesteps.final_obs[..., 2]) > 12 * 2 * np.pi / 360
-    assert (at_limit & fallen).any()
-    np.testing.assert_array_equal(timesteps.truncated, at_limit & ~fallen)
-    np.testing.assert_array_equal(timesteps.done, at_limit | fallen)
+    assert timestep.done.tolist() == [True, True] and timestep.truncated.tolist() == [True, False]
 
 
-@pytest.mark.parametrize("name", gymnax.registered_envs)
-def test_any_environment_of_gymnax_is_taken_as_it_is_or_refused(name):
-    """What the agent sees is as long as obs_size says; shapes only, since some of them take long to compile."""
-    try:
-        env = Environment(Args(env_id=name))
-    except ValueError as error:
-        assert name in str(error) and ("choose" in str(error) or "data" in str(error))
-        return
-    state, first = jax.eval_shape(lambda key: env.reset(key, env.params, N), jax.random.key(0))
-    _, timestep = jax.eval_shape(env.step, jax.random.key(0), state, jnp.zeros(N, jnp.int32), env.params)
-    assert first.obs.shape == timestep.obs.shape == timestep.final_obs.shape == (N, env.obs_size)
-    assert timestep.reward.shape == timestep.done.shape == (N,)
+def test_any_environment_of_gymnax_is_taken_as_it_is_or_refused():
+    """Shapes only, since some take long to compile."""
+    taken, key = [], jax.random.PRNGKey(0)
+    for name in sorted({*gymnax.registered_envs} - {"MNISTBandit-bsuite"}):  # asks for a download
+        try:
+            env = Environment(Args(env_id=name))
+        except ValueError as error:
+            assert name in str(error) and "no flat Box to observe or no Discrete" in str(error)
+            continue
+        state, obs = jax.eval_shape(lambda env=env: env.reset(key, N))
+        actions = jnp.zeros(N, jnp.int32)
+        next_state, timestep = jax.eval_shape(env.step, key, state, actions)
+        assert obs.shape == timestep.obs.shape == timestep.final_obs.shape
+        assert timestep.reward.shape == timestep.done.shape == (N,)
+        assert jax.tree.map(jnp.shape, next_state) == jax.tree.map(jnp.shape, state)
+        taken.append(name)
+    assert {"CartPole-v1", "Acrobot-v1", "UmbrellaChain-bsuite", "MetaMaze-misc"} <= {*taken}

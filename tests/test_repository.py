@@ -1,10 +1,9 @@
-"""What keeps several single-file scripts honest: no drift between copies, no dependency declared twice differently."""
+"""What keeps single-file programs honest: copies do not drift apart, and nothing grows unseen."""
 
 import ast
 import csv
 import re
 import tomllib
-from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -12,116 +11,121 @@ import pytest
 from s5_ppo_meta import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(ROOT.glob("*.py"))
-TREES = {path.stem: ast.parse(path.read_text()) for path in SCRIPTS}
+SCRIPTS = {path.stem: path.read_text() for path in sorted(ROOT.glob("*.py"))}
+TREES = {name: ast.parse(text) for name, text in SCRIPTS.items()}
+OURS, OTHERS = "s5_ppo_memory", ("lstm_ppo", "transformer_ppo")
 
-# Definitions that differ between scripts on purpose, and why. All others of one name must be the same text.
-MODEL = {"Args": "the flags of the sequence model", "SequenceModel": "S5, LSTM or Transformer"}
-TASK = MODEL | {
-    "Args": "the flags of the task",
+# Definitions that differ from those of s5_ppo_memory.py on purpose, and why.
+MODEL = {"Args": "flags of the sequence model", "SequenceModel": "S5, LSTM or Transformer"}
+TASK = {
+    "Args": "the flags of the tasks",
     "Environment": "a memory task, or trials of several control tasks",
     "Timestep": "a trial's rewards come scaled and raw",
-    "EnvState": "a trial has a place in it, and matrices",
     "ActorCritic": "discrete actions, or continuous ones and a prediction",
     "Transition": "as ActorCritic",
-    "TrainState": "the spread of each task's returns",
+    "TrainState": "whose memory it is",
     "ppo_loss": "as ActorCritic",
-    "make_train": "as TrainState",
-    "evaluate": "greedy episodes, or trials with three kinds of memory",
-    "setup": "--eval-only",
-    "main": "what is evaluated",
+    "make_train": "metrics of each task, predictions in its own units",
+    "report": "greedy episodes, or trials with three kinds of memory",
+    "write_config": "the version of brax",
+    "main": "two environments, to train and to evaluate on",
 }
+LINES = {"s5_ppo_memory": 640, "lstm_ppo": 580, "transformer_ppo": 660, "s5_ppo_meta": 1000}
 
 
-def definitions(path):
-    source = path.read_text()
-    nodes = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef | ast.ClassDef))
-    return {node.name: ast.get_source_segment(source, node) for node in nodes}
+def definitions(name):
+    nodes = (n for n in TREES[name].body if isinstance(n, ast.FunctionDef | ast.ClassDef))
+    return {node.name: ast.get_source_segment(SCRIPTS[name], node) for node in nodes}
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
-def test_inline_dependencies_are_those_of_pyproject(path):
-    (block,) = re.findall(r"(?m)^# /// script\n((?:^#(?:| .*)\n)+?)^# ///$", path.read_text())
-    inline = tomllib.loads("".join(line[2:] for line in block.splitlines(keepends=True)))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert inline["dependencies"] == project["dependencies"]
-    assert inline["requires-python"] == project["requires-python"]
+@pytest.mark.parametrize("name", [*OTHERS, "s5_ppo_meta"])
+def test_definitions_of_one_name_are_the_same_text_but_for_those_that_say_why(name):
+    ours, theirs = definitions(OURS), definitions(name)
+    differ = {one for one in ours.keys() & theirs.keys() if ours[one] != theirs[one]}
+    assert differ == (TASK if name == "s5_ppo_meta" else MODEL).keys()
+    own = {"lstm_ppo": {"LSTM"}, "s5_ppo_meta": theirs.keys() - ours.keys()}
+    own |= {"transformer_ppo": {"Cache", "rotate", "banded_attention", "Attention"}}
+    assert theirs.keys() - ours.keys() == own[name]
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_no_script_imports_another(name):
-    imported = set()
-    for node in ast.walk(TREES[name]):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module)
-    assert not imported & set(TREES)
-
-
-@pytest.mark.parametrize(("one", "other"), list(combinations(SCRIPTS, 2)), ids=lambda p: p.stem)
-def test_definitions_of_one_name_are_the_same_text(one, other):
-    ours, theirs = definitions(one), definitions(other)
-    differ = {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
-    intended = TASK if "s5_ppo_meta" in (one.stem, other.stem) else MODEL
-    if {one.stem, other.stem} == {"s5_ppo_memory", "s5_ppo_meta"}:  # the same model
-        intended = {name: why for name, why in intended.items() if name != "SequenceModel"}
-    assert differ <= intended.keys(), f"{one.name} and {other.name} have drifted apart"
-
-
-@pytest.mark.parametrize("other", ["lstm_ppo", "transformer_ppo"])
-def test_flags_differ_in_the_sequence_model_only(other):
+@pytest.mark.parametrize("name", OTHERS)
+def test_flags_imports_and_constants_differ_in_the_sequence_model_only(name):
     def args(name):
-        before, rest = definitions(ROOT / f"{name}.py")["Args"].split("    # ---- sequence model")
+        before, rest = definitions(name)["Args"].split("    # ---- sequence model")
         return before, rest.split("    # ---- actor and critic")[1]
 
-    ours, theirs = args("s5_ppo_memory"), args(other)
-    assert theirs[0] == ours[0] and theirs[1].split("    @property")[0] == ours[1].split("    @property")[0]
-    # Behind the flags come what is derived and refused: nothing that S5 refuses is let through, but what --dt-min is.
-    missing = [line for line in ours[1].splitlines() if line not in theirs[1].splitlines()]
-    assert all("dt_m" in line for line in missing)
+    ours, theirs = args(OURS), args(name)
+    assert theirs[0] == ours[0]
+    lines = theirs[1].splitlines()  # behind the flags, what cannot work may be refused as well
+    added = [line for line in lines if line not in ours[1].splitlines()]
+    assert [line for line in lines if line not in added] == ours[1].splitlines()
+    own_flags = {"lstm_ppo": "max_timescale", "transformer_ppo": "key_size"}
+    assert len(added) == 2 and all(own_flags[name] in line.replace("-", "_") for line in added)
 
-
-@pytest.mark.parametrize(("other", "own"), [("lstm_ppo", []), ("transformer_ppo", ["QUERY_BLOCK = 64"])])
-def test_imports_and_constants_are_the_same(other, own):
     def rest(name):
-        return [ast.unparse(n) for n in TREES[name].body[1:] if not isinstance(n, ast.FunctionDef | ast.ClassDef)]
+        nodes = TREES[name].body[1:]
+        kinds = ast.FunctionDef | ast.ClassDef
+        return [ast.unparse(node) for node in nodes if not isinstance(node, kinds)]
 
-    ours, theirs = rest("s5_ppo_memory"), rest(other)
-    assert [line for line in theirs if line not in ours] == own
-    assert [line.split("(")[0] for line in ours if line not in theirs] == ["s5_scan.defvjp"]
-
-
-def test_no_definition_is_listed_as_different_that_is_not():
-    for listed, others in ((MODEL, ("lstm_ppo", "transformer_ppo")), (TASK, ("s5_ppo_meta",))):
-        ours = definitions(ROOT / "s5_ppo_memory.py")
-        theirs = [definitions(ROOT / f"{name}.py") for name in others]
-        same = {name for name in listed if all(ours[name] == x[name] for x in theirs)}
-        assert same <= (MODEL.keys() if listed is TASK else set())  # TASK holds all of MODEL
+    own = {"transformer_ppo": ["QUERY_BLOCK = 64"]}.get(name, [])
+    assert [line for line in rest(name) if line not in own] == rest(OURS)
 
 
-def test_the_figures_of_the_readme_are_there():
-    figures = re.findall(r"\]\((benchmarks/[^)]+)\)", (ROOT / "README.md").read_text())
-    assert len(figures) > 5 and all((ROOT / path).is_file() for path in figures)
-
-
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_every_flag_has_help_and_is_read(name):
     (args,) = (n for n in TREES[name].body if isinstance(n, ast.ClassDef) and n.name == "Args")
     flags = [n.target.id for n in args.body if isinstance(n, ast.AnnAssign)]
-    text = definitions(ROOT / f"{name}.py")["Args"]  # tyro shows the comment behind a flag as its help
-    assert [flag for flag in flags if not re.search(rf"(?m)^    {flag}: .+  # [\w-].{{8,}}", text)] == []
+    text = definitions(name)["Args"]  # tyro shows the comment behind a flag as its help
+    without = [f for f in flags if not re.search(rf"(?m)^    {f}: [^#]+  # [\w-].{{8,}}", text)]
+    assert len(flags) > 25 and without == []
 
-    args.body = [n for n in args.body if getattr(n, "name", None) != "check"]  # to refuse a value is not to use it
+    # To refuse a value is not to use it.
+    args.body = [n for n in args.body if getattr(n, "name", None) != "__post_init__"]
     read = {n.attr for n in ast.walk(TREES[name]) if isinstance(n, ast.Attribute)}
     assert [flag for flag in flags if flag not in read] == []
 
 
-def test_the_readme_sets_up_and_tests_in_two_commands():
-    (block,) = re.findall(r"(?ms)^```bash\n(.*?)^```$", (ROOT / "README.md").read_text())
-    install, test = block.splitlines()
-    assert install.startswith("pip install")
-    assert test.startswith("pytest")
+def names(dependencies):
+    return {re.match(r"[\w.-]+", dependency)[0] for dependency in dependencies}
+
+
+def test_dependencies_in_the_scripts_are_those_of_the_project_and_none_imports_another():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    used = set()
+    for name, text in SCRIPTS.items():
+        (block,) = re.findall(r"(?m)^# /// script\n((?:^#(?:| .*)\n)+?)^# ///$", text)
+        inline = tomllib.loads("".join(line[2:] for line in block.splitlines(keepends=True)))
+        assert inline["requires-python"] == project["requires-python"]
+        # The memory tasks need no physics.
+        but = set() if name == "s5_ppo_meta" else {"brax"}
+        assert names(inline["dependencies"]) == names(project["dependencies"]) - but
+        imported = {
+            alias.name if isinstance(node, ast.Import) else node.module
+            for node in ast.walk(TREES[name])
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        }
+        used |= {module.split(".")[0] for module in imported}
+    assert not used & {*SCRIPTS}
+    modules = names(project["dependencies"]) - {"six"}  # which gymnax imports and does not declare
+    assert modules <= used
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_line_is_over_100_columns_and_no_function_over_100_lines(name):
+    lines = SCRIPTS[name].splitlines()
+    assert [(i, line) for i, line in enumerate(lines, 1) if len(line) > 100] == []
+    functions = [n for n in ast.walk(TREES[name]) if isinstance(n, ast.FunctionDef)]
+    assert [f.name for f in functions if f.end_lineno - f.lineno + 1 > 100] == []
+
+
+@pytest.mark.xfail(
+    strict=False,
+    reason="for now: s5_ppo_memory 729, lstm_ppo 678, transformer_ppo 744, s5_ppo_meta 1195 lines",
+)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_is_short_enough_to_be_read(name):
+    assert len(SCRIPTS[name].splitlines()) <= LINES[name]
 
 
 def test_the_reference_scores_of_all_tasks_are_the_measured_ones():
@@ -130,9 +134,10 @@ def test_the_reference_scores_of_all_tasks_are_the_measured_ones():
     assert {row["task"] for row in rows} == set(TASKS)
     for row in rows:
         task = TASKS[row["task"]]
-        assert task.zero == pytest.approx(max(float(row["random"]), float(row["idle"])), rel=0.01)
-        assert task.spread == pytest.approx(float(row["spread"]), rel=0.01)
-        if row["task"] == "mountain-car":  # which the specialist does not solve: 1 is where gym has it solved
-            assert float(row["specialist"]) < task.zero and task.one == 90.0
+        baseline = max(float(row["random"]), float(row["idle"]))
+        assert task.baseline_return == pytest.approx(baseline, rel=0.01)
+        assert task.return_std == pytest.approx(float(row["spread"]), rel=0.01)
+        if row["task"] == "mountain-car":  # not solved by the specialist: 1 is where gym has it
+            assert float(row["specialist"]) < task.baseline_return and task.specialist_return == 90
         else:
-            assert task.one == pytest.approx(float(row["specialist"]), rel=0.01)
+            assert task.specialist_return == pytest.approx(float(row["specialist"]), rel=0.01)

@@ -1,0 +1,150 @@
+"""s5_ppo_meta.py with one of its tricks taken out, or one that was taken out put back in.
+
+    python benchmarks/ablations.py                      # everything: 2 to 3 hours on one core
+    python benchmarks/ablations.py --suites cartpole --variants "as it is" "ReLU" --seeds 0
+
+Each variant is a copy of the script with the snippets of PATCHES replaced, or run with FLAGS, for
+the steps of SUITES: 50 and 120 updates, early in what the README's runs get. A run is judged by its
+training: mean score of the episodes that ended in the last 25 updates, on matrices drawn anew for
+each trial, and of each task the return. Writes ablations.csv beside this file, a row a run, and
+prints the scores; a run whose gradient was not finite has none. For one device only.
+"""
+
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from common import HERE, ROOT, made_by, read, write
+
+SUITES = {"cartpole": 3_072_000, "classic": 7_372_800}
+FLAGS = {"no prediction": ["--prediction-coef", "0"]}
+
+RELU = [
+    (
+        "            a, b = jnp.split(dense(x, 2 * size, 1.0), 2, axis=-1)\n"
+        "            return a * (1 + b)\n",
+        "            return nn.relu(dense(x, 2 * size))\n",  # twice as wide, for as many parameters
+    )
+]
+RAW_CHANGE = [
+    (
+        "        change = *direction_and_size(change[..., :o]), "
+        "*direction_and_size(change[..., o:])\n",
+        "        change = (change,)\n",
+    )
+]
+NO_CHANGE = [("jnp.concatenate([obs, *change], axis=-1)", "obs")]
+
+# Where the policy is further than 0.1 from its rollout a gradient step is skipped; after updates
+# with a mean above 0.04 all steps get smaller.
+KL_LIMIT = [
+    ("ratio = jnp.exp(log_ratio)", "ratio = jnp.exp(jnp.minimum(log_ratio, 20.0))"),
+    (
+        "optimizer.update(unflatten(flat), opt_state, params)",
+        'optimizer.update(unflatten(flat), opt_state, params, kl=losses["losses/approx_kl"])',
+    ),
+    (
+        "optimizer = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adam)\n",
+        "optimizer = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adam)\n"
+        "    optimizer = limited(optimizer, args.update_epochs * args.num_minibatches)\n",
+    ),
+    (
+        "def learn(params_and_opt_state",
+        """\
+def limited(optimizer, steps):
+    def init(params):  # factor of the step size, sum of this update's divergences, steps so far
+        return jnp.ones(()), jnp.zeros(()), jnp.zeros((), jnp.int32), optimizer.init(params)
+
+    def update(grads, state, params, kl):
+        factor, total, count, inner = state
+        updates, stepped = optimizer.update(grads, inner, params)
+        updates = jax.tree.map(lambda x: jnp.where(kl < 0.1, factor * x, 0.0), updates)
+
+        def choose(x, y):  # Adam's count goes on, since the step size goes by it
+            return jnp.where((kl < 0.1) | (x.dtype == jnp.int32), x, y)
+
+        inner, total, count = jax.tree.map(choose, stepped, inner), total + kl, count + 1
+        changed = jnp.where(total > 0.04 * steps, factor / 1.5, jnp.minimum(1.05 * factor, 1.0))
+        end = count % steps == 0
+        factor, total = jnp.where(end, changed, factor), jnp.where(end, 0.0, total)
+        return updates, (factor, total, count, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def learn(params_and_opt_state""",
+    ),
+]
+# Rewards are always divided by the spread of random actions' returns, not by that of all so far.
+CONSTANT_SPREAD = [
+    ("        state = with_returns(state, returns.reshape(args.num_steps, K, -1))\n", "")
+]
+
+PATCHES = {
+    "as it is": [],
+    "no prediction": [],  # FLAGS
+    "ReLU": RELU,
+    "raw change": RAW_CHANGE,
+    "no change": NO_CHANGE,
+    "constant spread": CONSTANT_SPREAD,
+    "with KL limit": KL_LIMIT,
+}
+
+
+@dataclass
+class Args:
+    suites: tuple[Literal[tuple(SUITES)], ...] = tuple(SUITES)  # what to train on
+    variants: tuple[Literal[tuple(PATCHES)], ...] = tuple(PATCHES)  # what to train
+    seeds: tuple[int, ...] = (0, 1, 2)  # one run each
+
+
+def patched(variant):
+    """The text of the script with a variant's snippets replaced."""
+    text = (ROOT / "s5_ppo_meta.py").read_text()
+    for old, new in PATCHES[variant]:
+        assert text.count(old) == 1, f"{variant}: {text.count(old)} times in the script: {old}"
+        text = text.replace(old, new)
+    return text
+
+
+def run(suite, variant, seed, *more):
+    """A row of ablations.csv."""
+    flags = ["--suite", suite, "--total-timesteps", SUITES[suite], "--log-interval", 5]
+    flags += ["--seed", seed, "--held-out-tasks", "--eval-trials", 1]
+    flags += [*FLAGS.get(variant, []), *more]
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "s5_ppo_meta.py")
+        script.write_text(patched(variant))
+        ended = subprocess.run([sys.executable, script, *map(str, flags)], cwd=folder)
+        rows = [row for path in Path(folder).glob("runs/*/metrics.csv") for row in read(path)]
+    result = {"suite": suite, "variant": variant, "seed": seed, "score": None}
+    if not ended.returncode:
+        result["steps"] = rows[-1]["global_step"]
+        for name in (x for x in rows[0] if x.startswith(("charts/score", "charts/episodic_ret"))):
+            mean = np.nanmean([float(row[name]) for row in rows[-5:]])
+            result[name.split("/")[-1]] = round(float(mean), 4)
+    return result | made_by()
+
+
+def main():
+    args = tyro.cli(Args, description=__doc__)
+    path, columns = HERE / "ablations.csv", ("suite", "variant", "seed")
+    for new in product(args.suites, args.variants, args.seeds):
+        row = run(*new)
+        print(row, flush=True)
+        rows = [r for r in read(path) if tuple(r[x] for x in columns) != tuple(map(str, new))]
+        write(path, [*rows, row])
+    for suite, variant in product(SUITES, PATCHES):
+        of = [row for row in read(path) if (row["suite"], row["variant"]) == (suite, variant)]
+        if of:
+            print(f"{suite:10}{variant:20}", *(row["score"] or "failed" for row in of))
+
+
+if __name__ == "__main__":
+    main()
