@@ -71,7 +71,7 @@ class Task(NamedTuple):
     return_std: (
         float  # of random actions' discounted returns: divides rewards until there are others
     )
-    params: dict = {}  # noqa: RUF012 EnvParams to set; (low, high): drawn for each trial. Gymnax only
+    params: dict = {}  # noqa: RUF012 EnvParams to set; (low, high): drawn for each trial. Gymnax
     seen: tuple = ()  # entries of the observation that the agent sees; all, if empty. Gymnax only
     reward_scale: float = 1.0
 
@@ -163,9 +163,7 @@ class Args:
     seed: int = 0  # first seed; the others follow, SEED + 1 ...
     num_seeds: int = 1  # independent seeds, trained side by side
     num_devices: int = 1  # GPUs, or other devices of JAX, that share each seed's environments
-    total_timesteps: int = (
-        10_000_000  # environment steps of a seed, rounded up to whole log intervals
-    )
+    total_timesteps: int = 10_000_000  # steps of a seed, rounded up to whole log intervals
     log_interval: int = 10  # updates in one jitted call, and in one row of metrics.csv
     checkpoint_interval: int = 60  # seconds between saves, of metrics too; the end is always saved
     resume: Path | None = None  # run directory to go on with; flags given beside it replace its own
@@ -174,9 +172,7 @@ class Args:
 
     # ---- tasks; what is None here comes from the suite
     suite: Literal[tuple(SUITES)] = "cartpole"  # tasks, sizes and trials
-    train_tasks: tuple[str, ...] | None = (
-        None  # names of TASKS, each with an equal share of NUM_ENVS
-    )
+    train_tasks: tuple[str, ...] | None = None  # names of TASKS, with equal shares of NUM_ENVS
     held_out_tasks: tuple[str, ...] | None = None  # tasks to evaluate on only
     projected_obs_size: int | None = None  # entries of the projected observation
     projected_action_size: int | None = None  # entries of the action before its projection
@@ -839,31 +835,29 @@ def make_train(args, env):
         """One step of the rollout; returns the next state, a Transition, and sums for metrics."""
         action_key, env_key = jax.random.split(key)
         forward = partial(network.apply, state.params)
-        carry, policy, value, _ = forward(state.carry, state.obs[None], state.reset[None])
-        mean, log_std = policy
+        carry, (mean, log_std), value, _ = forward(state.carry, state.obs[None], state.reset[None])
         action = mean + jnp.exp(log_std) * jax.random.normal(action_key, mean.shape)  # (1, N, A)
         spread = jnp.sqrt(state.return_var) + 1e-3
         env_state, timestep = env.step(env_key, state.env_state, action[0], spread)
         # A time limit cuts off what the episode was still worth: add it, with the memory it had. A
         # termination is worth nothing more, though the trial goes on: else falling were free.
-        final_obs, no_reset = timestep.final_obs, jnp.zeros_like(state.reset)
+        final_obs, done, no_reset = timestep.final_obs, timestep.done, jnp.zeros_like(state.reset)
         final_value = forward(carry, final_obs[None], no_reset[None])[2][0]
         reward = timestep.reward + args.gamma * jnp.where(timestep.truncated, final_value, 0.0)
         transition = Transition(
             obs=state.obs,
             reset=state.reset,
             action=action[0],
-            log_prob=gaussian(policy, action)[0][0],
+            log_prob=gaussian((mean, log_std), action)[0][0],
             value=value[0],
             reward=reward,
-            done=timestep.done,
+            done=done,
             change=outcome_of(final_obs, args) - outcome_of(state.obs, args),
         )
-        obs, reset = timestep.obs, timestep.reset & args.reset_memory
-        state = state._replace(env_state=env_state, obs=obs, reset=reset, carry=carry)
-        returns = jnp.where(timestep.done, timestep.episode_return, 0.0)
-        sums = jnp.stack([timestep.done, returns, timestep.failed]).reshape(3, K, -1).sum(2)
-        return state, (transition, timestep.discounted_return, sums)
+        reset = timestep.reset & args.reset_memory
+        state = state._replace(env_state=env_state, obs=timestep.obs, reset=reset, carry=carry)
+        sums = jnp.stack([done, done * timestep.episode_return, timestep.failed])  # (3, N)
+        return state, (transition, timestep.discounted_return, sums.reshape(3, K, -1).sum(2))
 
     def update(state, _):
         """One rollout, and update_epochs passes over it."""
@@ -872,12 +866,12 @@ def make_train(args, env):
         act_key, redraw_key, *epoch_keys = jax.random.split(device_key, 2 + args.update_epochs)
         state = state._replace(env_state=env.redraw(redraw_key, state.env_state))
         carry = state.carry  # as acting left it; every pass over the rollout starts there
-        act_keys = jax.random.split(act_key, args.num_steps)
-        state, (batch, returns, sums) = jax.lax.scan(act, state, act_keys)
-        now = state.carry, state.obs[None], state.reset[None]
-        last_value = network.apply(state.params, *now)[2][0]
-        gammas = args.gamma, args.gae_lambda
-        advantage = gae(batch.reward, batch.value, batch.done, last_value, *gammas)
+        keys = jax.random.split(act_key, args.num_steps)
+        state, (batch, returns, sums) = jax.lax.scan(act, state, keys)
+        now = state.params, state.carry, state.obs[None], state.reset[None]
+        last_value = network.apply(*now)[2][0]
+        rest = batch.done, last_value, args.gamma, args.gae_lambda
+        advantage = gae(batch.reward, batch.value, *rest)
         target = advantage + batch.value
         batch = batch._replace(change=in_usual_units(batch.change, K))
         state = with_returns(state, returns.reshape(args.num_steps, K, -1))
@@ -899,7 +893,7 @@ def make_train(args, env):
         metrics["charts/physics_failures"] = failed.sum()
         returns = dict(zip(env.names, returns / count, strict=True))  # NaN where none ended
         metrics |= {f"charts/episodic_return/{name}": x for name, x in returns.items()}
-        metrics["charts/score"] = sum(score(x, name) for name, x in returns.items()) / K
+        metrics["charts/score"] = jnp.nanmean(jnp.stack([*map(score, returns.values(), returns)]))
         return state, metrics
 
     split, copied = jax.P("devices"), jax.P()
@@ -981,7 +975,8 @@ def score_table(rewards, dones, names, args):
         late = late == 1
         samples = {i: scores[index == i] for i in range(int(index.max()) + 1)}
         halves = [scores[late & (trial == i)].mean() for i in np.unique(trial[late])]
-        for episode, sample in (samples | {"second half": np.array(halves)}).items():
+        samples |= {"second half": np.array(halves)} if halves else {}  # else none began in it
+        for episode, sample in samples.items():
             ci95 = 1.96 * sample.std() / np.sqrt(max(len(sample) - 1, 1))
             row = {"task": name, "memory": memory, "episode": episode, "mean": sample.mean()}
             rows.append(row | {"ci95": ci95, "trials": len(sample)})
@@ -996,7 +991,8 @@ def plot_adaptation(path, rows, args):
     figure = Figure(figsize=(3 * len(names) + 1, 3), layout="constrained")
     axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for (ax, name), memory in product(zip(axes, names, strict=True), MEMORIES):
-        mine = [r for r in rows if (r["task"], r["memory"]) == (name, memory)][:-1]
+        mine = [r for r in rows if (r["task"], r["memory"]) == (name, memory)]
+        mine = [r for r in mine if r["episode"] != "second half"]
         mine = [r for r in mine if r["trials"] > mine[0]["trials"] / 2]  # not the stragglers' last
         x, mean, width = np.array([(r["episode"], r["mean"], r["ci95"]) for r in mine]).T
         ax.plot(x, mean, label=f"memory {memory}")
@@ -1041,7 +1037,7 @@ def refuse(what, *kinds):
     try:
         yield
     except kinds as error:
-        sys.exit(f"error: {what}: {error}")
+        sys.exit(f"error: {what}: {' '.join(str(error).split())}")
 
 
 def parse_flags() -> tuple[Args, list[str]]:
@@ -1063,12 +1059,13 @@ def write(path, content: bytes):
 
 
 def write_config(run_dir, args, flags):
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    here = Path(__file__).resolve().parent
+    failed, commit = subprocess.getstatusoutput(f'git -C "{here}" rev-parse HEAD')
     config = {"args": asdict(args), "flags": flags, "device": jax.devices()[0].device_kind}
     config["versions"] = {
         name: version(name) for name in ("jax", "flax", "optax", "gymnax", "brax")
     }
-    config["git_commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    config["git_commit"] = "" if failed else commit
     write(run_dir / "config.json", json.dumps(config, indent=2, default=str).encode())
 
 
@@ -1128,7 +1125,6 @@ def main():
     run_dir = args.resume or Path(
         "runs", f"{Path(__file__).stem}__{args.suite}__{args.seed}__{start}"
     )
-    rows = []
     if args.track:
         with refuse("--track", Exception):
             import wandb
@@ -1137,7 +1133,7 @@ def main():
 
     # One seed after another: batched QR, of the orthogonal weights, can hang on a few CPU cores.
     keys = jnp.stack([jax.random.PRNGKey(args.seed + i) for i in range(args.num_seeds)])
-    state = jax.jit(partial(jax.lax.map, init))(keys)
+    state, rows = jax.jit(partial(jax.lax.map, init))(keys), []
     if args.resume:
         with refuse(
             f"--resume {run_dir}: checkpoint.gz (see also previous_checkpoint.gz)", Exception
@@ -1157,14 +1153,14 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, lambda number, _: stopped_by.append(signal.Signals(number).name))
-    bar = tqdm(total=total, initial=update * args.batch_size, unit="step", unit_scale=True)
     try:
+        bar = tqdm(total=total, initial=update * args.batch_size, unit="step", unit_scale=True)
         while update < args.num_updates and not stopped_by:
             call_start = time.time()
             state, metrics = train(state)
             metrics = jax.tree.map(np.asarray, metrics)  # waits for the device
             if not np.isfinite(metrics["losses/grad_norm"]).all():
-                how = f"--resume {run_dir} with a smaller --learning-rate"
+                how = f"a smaller --learning-rate, anew or with --resume {run_dir}"
                 sys.exit(f"error: the gradient was not finite after update {update}; try {how}")
             update, steps = update + args.log_interval, args.log_interval * args.batch_size
             metrics["charts/SPS"] = np.full(args.num_seeds, steps / (time.time() - call_start))

@@ -57,7 +57,7 @@ class Args:
     seed: int = 0  # first seed; the others follow, SEED + 1 ...
     num_seeds: int = 1  # independent seeds, trained side by side
     num_devices: int = 1  # GPUs, or other devices of JAX, that share each seed's environments
-    total_timesteps: int = 500_000  # environment steps of a seed, rounded up to whole log intervals
+    total_timesteps: int = 500_000  # steps of a seed, rounded up to whole log intervals
     log_interval: int = 10  # updates in one jitted call, and in one row of metrics.csv
     checkpoint_interval: int = 60  # seconds between saves, of metrics too; the end is always saved
     resume: Path | None = None  # run directory to go on with; flags given beside it replace its own
@@ -594,7 +594,7 @@ def refuse(what, *kinds):
     try:
         yield
     except kinds as error:
-        sys.exit(f"error: {what}: {error}")
+        sys.exit(f"error: {what}: {' '.join(str(error).split())}")
 
 
 def parse_flags() -> tuple[Args, list[str]]:
@@ -616,10 +616,11 @@ def write(path, content: bytes):
 
 
 def write_config(run_dir, args, flags):
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    here = Path(__file__).resolve().parent
+    failed, commit = subprocess.getstatusoutput(f'git -C "{here}" rev-parse HEAD')
     config = {"args": asdict(args), "flags": flags, "device": jax.devices()[0].device_kind}
     config["versions"] = {name: version(name) for name in ("jax", "flax", "optax", "gymnax")}
-    config["git_commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    config["git_commit"] = "" if failed else commit
     write(run_dir / "config.json", json.dumps(config, indent=2, default=str).encode())
 
 
@@ -671,13 +672,13 @@ def main():
     args, flags = parse_flags()
     jax.config.update("jax_enable_x64", False)
     jax.config.update("jax_default_matmul_precision", "default" if args.tf32 else "highest")
-    with refuse("--env-id, --env-params or --num-devices", ValueError, TypeError, AttributeError):
+    wrong = ValueError, TypeError, AttributeError, ArithmeticError, OSError
+    with refuse("--env-id, --env-params or --num-devices", *wrong):
         env = Environment(args)
         init, train = make_train(args, env)
     task = f"{args.env_id}-{args.memory_length}" if env.is_memory_chain else args.env_id
     start = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # several may start in one second
     run_dir = args.resume or Path("runs", f"{Path(__file__).stem}__{task}__{args.seed}__{start}")
-    rows = []
     if args.track:
         with refuse("--track", Exception):
             import wandb
@@ -686,7 +687,7 @@ def main():
 
     # One seed after another: batched QR, of the orthogonal weights, can hang on a few CPU cores.
     keys = jnp.stack([jax.random.PRNGKey(args.seed + i) for i in range(args.num_seeds)])
-    state = jax.jit(partial(jax.lax.map, init))(keys)
+    state, rows = jax.jit(partial(jax.lax.map, init))(keys), []
     if args.resume:
         with refuse(
             f"--resume {run_dir}: checkpoint.gz (see also previous_checkpoint.gz)", Exception
@@ -706,14 +707,14 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, lambda number, _: stopped_by.append(signal.Signals(number).name))
-    bar = tqdm(total=total, initial=update * args.batch_size, unit="step", unit_scale=True)
     try:
+        bar = tqdm(total=total, initial=update * args.batch_size, unit="step", unit_scale=True)
         while update < args.num_updates and not stopped_by:
             call_start = time.time()
             state, metrics = train(state)
             metrics = jax.tree.map(np.asarray, metrics)  # waits for the device
             if not np.isfinite(metrics["losses/grad_norm"]).all():
-                how = f"--resume {run_dir} with a smaller --learning-rate"
+                how = f"a smaller --learning-rate, anew or with --resume {run_dir}"
                 sys.exit(f"error: the gradient was not finite after update {update}; try {how}")
             update, steps = update + args.log_interval, args.log_interval * args.batch_size
             metrics["charts/SPS"] = np.full(args.num_seeds, steps / (time.time() - call_start))

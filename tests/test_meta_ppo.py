@@ -3,7 +3,7 @@
 import csv
 import json
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -277,6 +277,7 @@ def test_two_devices_have_environments_of_their_own_and_one_set_of_parameters():
     (size,) = (x.aval.size for x in sums[0].invars)
     assert size == sum(x.size for x in jax.tree.leaves(state.params))  # the whole gradient
     train = traced.lower().compile()
+    assert len(np.unique(state.obs, axis=0)) == 2 * N
     for _ in range(2):
         before, (state, metrics) = state, train(state)
         fields = ["params", "opt_state", "return_mean", "return_var", "key", "num_updates"]
@@ -596,7 +597,7 @@ def test_episodes_that_begin_in_the_trial_count_and_are_whole(
     args = Args(**EVAL | {"trial_unit": unit, "eval_trial_length": length})
     of_all = [np.tile(x[None, :, None], (3, 1, 1, 1)) for x in (rewards, dones)]
     table = rows_of(score_table(*of_all, ("made up",), args), memory="kept")
-    found = {row["episode"]: row for row in table if row["trials"]}
+    found = {row["episode"]: row for row in table}
     assert found.keys() == {episode for episode, sample in expected.items() if sample}
     for episode, row in found.items():
         assert row["mean"] == np.mean(expected[episode])
@@ -604,56 +605,66 @@ def test_episodes_that_begin_in_the_trial_count_and_are_whole(
         assert np.isfinite(row["ci95"])
 
 
-def test_the_report_is_of_all_seeds_and_scales_rewards_as_training_did(
-    monkeypatch, tmp_path, capsys
-):  # fmt: skip
-    """Of two seeds and three trials each: what is written and printed."""
-    flags = EVAL | {"train_tasks": NAMES[1:], "held_out_tasks": ("mountain-car",), "num_seeds": 2}
+def report_by_hand(patch, path, short_kept=False):
+    """Of two seeds, three trials each, two episodes of a step: the spread, then what params and
+    the kind of memory say, or, of a memory kept, nothing that ends, if short_kept."""
+    flags = EVAL | {"held_out_tasks": ("mountain-car",), "num_seeds": 2}
     args = Args(**flags | {"eval_trial_length": 2, "trial_unit": "episodes"})
     for name, zero in ((NAMES[1], 0.0), ("mountain-car", 100.0)):
         row = TASKS[name]._replace(baseline_return=zero, specialist_return=zero + 1)
-        monkeypatch.setitem(TASKS, name, row)
+        patch.setitem(TASKS, name, row)
     env = Environment(args.train_tasks + args.held_out_tasks, args, trials_end=False)
 
     def trials(params, spread, key, wipe_episode, wipe_step, args, env):
-        """Two episodes of a step: the spread, then what params and the kind of memory say."""
         second = params + 10 * wipe_episode + 20 * wipe_step
         rewards = jnp.repeat(jnp.array([spread, jnp.stack([second, second])]), 3, axis=1)
-        return rewards, jnp.ones((2, 6), bool)
+        ends = jnp.array([True, ~jnp.asarray(short_kept) | wipe_episode | wipe_step])
+        return rewards, jnp.repeat(ends[:, None], 6, axis=1)
 
-    monkeypatch.setattr(meta, "run_trials", trials)
+    patch.setattr(meta, "run_trials", trials)
     state = SimpleNamespace(params=jnp.array([1.0, 3.0]), return_var=jnp.array([[4.0], [16.0]]))
     keys = jnp.stack([jax.random.PRNGKey(i) for i in range(2)])
-    report(tmp_path, state, keys, {"trained_after": 1.5}, args, env)
-    with (tmp_path / "adaptation.csv").open(newline="") as f:
-        table = list(csv.DictReader(f))
+    report(path, state, keys, {"trained_after": 1.5}, args, env)
+    with (path / "adaptation.csv").open(newline="") as f:
+        return list(csv.DictReader(f)), json.loads((path / "eval.json").read_text())
+
+
+def test_the_report_is_of_all_seeds_and_scales_rewards_as_training_did(
+    monkeypatch, tmp_path, capsys
+):  # fmt: skip
+    table, result = report_by_hand(monkeypatch, tmp_path)
     mine = {(r["task"], r["memory"], r["episode"]): float(r["mean"]) for r in table}
-    assert mine.keys() == {
-        (task, memory, episode)
-        for task in (NAMES[1], "mountain-car")
-        for memory in MEMORIES
-        for episode in ("0", "1", "second half")
-    }
+    names, episodes = (NAMES[1], "mountain-car"), ("0", "1", "second half")
+    assert list(mine) == [*product(names, MEMORIES, episodes)]
     for k, memory in enumerate(MEMORIES):
-        assert mine[NAMES[1], memory, "0"] == pytest.approx((2 + 4) / 2 + 1e-3)
+        assert mine[names[0], memory, "0"] == pytest.approx((2 + 4) / 2 + 1e-3)
         held_out = TASKS["mountain-car"].return_std  # which training knows nothing of
         assert mine["mountain-car", memory, "0"] == pytest.approx(held_out - 100)
-        assert mine[NAMES[1], memory, "second half"] == 2 + 10 * k
+        assert mine[names[0], memory, "second half"] == 2 + 10 * k
     assert {row["trials"] for row in table} == {"6"}
-    result = json.loads((tmp_path / "eval.json").read_text())
     assert result["trained_after"] == 1.5
     assert [row["mean"] for row in result["second_half"]] == [2, 12, 22, -98, -88, -78]
     assert (tmp_path / "adaptation.png").read_bytes().startswith(b"\x89PNG")
-    printed = capsys.readouterr().out.splitlines()
-    first, second = (
-        next(x for x in printed if x.startswith(n)) for n in (NAMES[1], "mountain-car")
-    )
-    width = 1.96 / np.sqrt(5)
-    assert (
-        first.split()[1:]
-        == f"2.00 +- {width:.2f} 12.00 +- {width:.2f} 22.00 +- {width:.2f}".split()
-    )
-    assert second.endswith("held out") and "held out" not in first
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    width = f"{1.96 / np.sqrt(5):.2f}"
+    cells = [cell for mean in ("2.00", "12.00", "22.00") for cell in (mean, "+-", width)]
+    assert first.split() == [names[0], *cells]
+    assert second.startswith("mountain-car") and second.endswith("held out")
+
+
+@pytest.mark.xfail(reason="report prints what is there from the left, under wrong headings")
+def test_where_no_episode_began_late_the_table_has_a_gap_and_the_files_no_nan(
+    monkeypatch, tmp_path, capsys
+):  # fmt: skip
+    table, result = report_by_hand(monkeypatch, tmp_path, short_kept=True)
+    late = {row["memory"] for row in table if row["episode"] == "second half"}
+    assert late == set(MEMORIES[1:])
+    assert all(np.isfinite(float(row[name])) for row in table for name in ("mean", "ci95"))
+    assert all(np.isfinite(row["mean"]) for row in result["second_half"])
+    *_, heading, first, _ = capsys.readouterr().out.splitlines()
+    for memory, mean in ((MEMORIES[1], " 12.00"), (MEMORIES[2], " 22.00")):
+        end = heading.index(memory) + len(memory)
+        assert mean in first[end - 20 : end]
 
 
 # ---- learning

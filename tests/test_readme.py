@@ -21,7 +21,7 @@ def test_the_snippet_runs():
 
 
 def apply(diff, source):
-    """Puts the lines with + in the place of those with - before them, each of which is there once."""
+    """Puts the lines with + in the place of those with -, which are there once."""
     for removed, added in re.findall(r"((?:^-.*\n)+)((?:^\+.*\n)+)", diff, re.MULTILINE):
         old, new = (re.sub(r"(?m)^[-+]", "", lines) for lines in (removed, added))
         assert source.count(old) == 1, old

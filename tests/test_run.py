@@ -317,7 +317,8 @@ def test_any_flag_may_be_replaced_also_the_number_of_devices(tmp_path):
     before = results(path)
     ended = run(tmp_path, f"--resume {path} --total-timesteps 640 --learning-rate 1e30")
     assert ended.code == 1 and results(path) == before  # nothing of it is logged or saved
-    assert "error: the gradient was not finite after update 8; try --resume" in ended.err
+    assert "error: the gradient was not finite after update 8" in ended.err
+    assert "--learning-rate" in ended.err
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +348,7 @@ def test_a_copy_runs_anywhere_and_each_model_goes_on_as_if_never_stopped(
     """Numbers are the same under JAX_ENABLE_X64; MPLBACKEND need not be there."""
     path = run_dir(elsewhere[module])
     assert path.name.startswith("my_agent__")
-    assert json.loads((path / "config.json").read_text())["git_commit"] == ""
+    assert not json.loads((path / "config.json").read_text())["git_commit"]
     parts = whole[0]
     if module is not s5_ppo_memory:
         assert run(tmp_path, FLAGS[module], module, after={3: interrupt}).code == 1
@@ -359,7 +360,8 @@ def test_a_copy_runs_anywhere_and_each_model_goes_on_as_if_never_stopped(
 
 @pytest.mark.slow
 def test_learning_in_context_runs_under_x64_too(tmp_path):
-    flags = f"{TINY} --state-size 4 --eval-trials 2 --total-timesteps 128".split()
+    flags = f"{TINY.replace('--eval-episodes 8', '--eval-trials 2')} --state-size 4".split()
+    flags += ["--total-timesteps", "128"]
     variables = {"JAX_ENABLE_X64": "1", "PYTHONIOENCODING": "cp1252"}
     variables |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     process = start(tmp_path, [ROOT / "s5_ppo_meta.py", *flags], **variables)
@@ -368,7 +370,7 @@ def test_learning_in_context_runs_under_x64_too(tmp_path):
     assert len(csv_rows(run_dir(tmp_path))) == 4
 
 
-def test_another_task_a_closed_pipe_and_rows_without_an_episode(tmp_path):
+def test_another_task_a_closed_pipe_and_rows_without_an_episode(tmp_path, monkeypatch):
     """`python -u s5_ppo_memory.py | head -1`: nothing is lost."""
     flags = f"{TINY} {OWN[s5_ppo_memory]} --env-id CartPole-v1 --log-interval 1 --num-seeds 1"
     command = ["-u", ROOT / "s5_ppo_memory.py", *flags.split(), "--total-timesteps", "192"]
@@ -383,9 +385,11 @@ def test_another_task_a_closed_pipe_and_rows_without_an_episode(tmp_path):
     assert rows[0]["charts/episodic_return"] == "nan"  # no pole falls within eight steps
     assert 8 < float(rows[-1]["charts/episodic_return"]) < 60
     assert mean_return.keys() == {"0"} and 8 < mean_return["0"][0] <= 500
+    monkeypatch.setenv("PATH", "")  # nor need git be there
     ended = run(tmp_path, f"--resume {path}")  # which has nothing left to do but to evaluate
     assert ended.code == 0 and "mean return" in ended.out, ended.err
     assert results(path)[2] == mean_return
+    assert not json.loads((path / "config.json").read_text())["git_commit"]
 
 
 # ---- what it refuses
