@@ -216,7 +216,7 @@ class Args:
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.eval_trial_length = self.eval_trial_length or 2 * self.trial_length
-        sizes = "num_seeds num_devices log_interval trial_length projected_obs_size eval_trials "
+        sizes = "num_seeds num_devices log_interval trial_length eval_trial_length eval_trials "
         for name in (sizes + "num_envs num_steps num_minibatches update_epochs").split():
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1")
@@ -282,10 +282,18 @@ class EnvState(NamedTuple):
 def random_orthonormal(key, n, rows, columns):
     """n matrices (rows, columns), rows >= columns, uniform (Haar) among orthonormal columns.
 
-    The signs of R's diagonal are what makes Q of a Gaussian matrix uniform (Mezzadri 2007).
+    Gram-Schmidt of a Gaussian matrix, twice for float32. Batches of jaxlib's QR, side by side, can
+    wait for each other for ever on a few CPU cores.
     """
-    q, r = jnp.linalg.qr(jax.random.normal(key, (n, rows, columns)))
-    return q * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None, :]
+
+    def orthogonalise(j, q):
+        earlier, column = jnp.where(jnp.arange(columns) < j, q, 0.0), q[:, :, j]
+        for _ in range(2):
+            column -= jnp.einsum("nrc,nsc,ns->nr", earlier, earlier, column)
+        return q.at[:, :, j].set(column / jnp.linalg.norm(column, axis=1, keepdims=True))
+
+    matrices = jax.random.normal(key, (n, rows, columns))
+    return jax.lax.fori_loop(0, columns, orthogonalise, matrices)
 
 
 def where(condition, new, old):
@@ -1025,9 +1033,10 @@ def report(run_dir, state, keys, timing, args, env):
     print("score in the second half of trials: 0 random or idle, 1 specialist; 95 % over trials")
     print(f"{'memory':26}", *(f"{memory:>20}" for memory in MEMORIES))
     for name in env.names:
-        cells = (f"{r['mean']:.2f} +- {r['ci95']:.2f}" for r in half if r["task"] == name)
+        mine = [row for row in half if row["task"] == name]
+        cells = {r["memory"]: f"{r['mean']:.2f} +- {r['ci95']:.2f}" for r in mine}
         held_out = "held out" * (name in args.held_out_tasks)
-        print(f"{name:26}", *(f"{cell:>20}" for cell in cells), held_out)
+        print(f"{name:26}", *(f"{cells.get(x, '-'):>20}" for x in MEMORIES), held_out)
 
 
 # ==== Run directory ===============================================================================
@@ -1160,6 +1169,7 @@ def main():
             state, metrics = train(state)
             metrics = jax.tree.map(np.asarray, metrics)  # waits for the device
             if not np.isfinite(metrics["losses/grad_norm"]).all():
+                bar.close()
                 how = f"a smaller --learning-rate, anew or with --resume {run_dir}"
                 sys.exit(f"error: the gradient was not finite after update {update}; try {how}")
             update, steps = update + args.log_interval, args.log_interval * args.batch_size

@@ -174,12 +174,13 @@ class Environment:
         params = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_envs, *jnp.shape(x))), self.params)
         if self.is_memory_chain:
             if memory_length is None:  # evenly on a log scale: short questions teach the long ones
-                longest, shortest = self.args.memory_length, self.args.min_memory_length
+                longest = self.args.memory_length
+                shortest = min(self.args.min_memory_length, longest)
                 memory_length = np.geomspace(longest, shortest, num_envs).round().astype(np.int32)
             params = params.replace(memory_length=jnp.broadcast_to(memory_length, (num_envs,)))
         obs, inner = jax.vmap(self.env.reset)(jax.random.split(key, num_envs), params)
-        zeros, true = jnp.zeros(num_envs), jnp.ones(num_envs, bool)
-        return (inner, params), self.agent_obs(obs, zeros, zeros, true)
+        none, true = jnp.zeros(num_envs, jnp.int32), jnp.ones(num_envs, bool)
+        return (inner, params), self.agent_obs(obs, none, none, true)
 
     def step(self, key, state, action):
         """Steps all N environments with action (N,) int32; those that end start anew."""
@@ -536,11 +537,12 @@ def make_train(args, env):
         """log_interval updates. Metrics are means over them, and over environments."""
         state, (losses, (count, returns)) = jax.lax.scan(update, state, length=args.log_interval)
         count, returns = count.sum(0), returns.sum(0)  # (N,)
-        metrics = jax.tree.map(jnp.mean, losses)
         # A mean of each environment first, so that no memory length counts more than another.
-        metrics["charts/episodic_return"] = jnp.nanmean(returns / count)
-        metrics["charts/episodes"] = args.num_devices * count.sum()
-        return state, jax.lax.pmean(metrics, "devices")
+        sums = jnp.stack([jnp.nansum(returns / count), (count > 0).sum(), count.sum()])
+        total, seen, episodes = jax.lax.psum(sums, "devices")
+        metrics = jax.lax.pmean(jax.tree.map(jnp.mean, losses), "devices")
+        ended = {"charts/episodic_return": total / seen, "charts/episodes": episodes}
+        return state, metrics | ended
 
     split, copied = jax.P("devices"), jax.P()
     of_envs = ("env_state", "obs", "reset", "carry")
@@ -714,6 +716,7 @@ def main():
             state, metrics = train(state)
             metrics = jax.tree.map(np.asarray, metrics)  # waits for the device
             if not np.isfinite(metrics["losses/grad_norm"]).all():
+                bar.close()
                 how = f"a smaller --learning-rate, anew or with --resume {run_dir}"
                 sys.exit(f"error: the gradient was not finite after update {update}; try {how}")
             update, steps = update + args.log_interval, args.log_interval * args.batch_size

@@ -208,7 +208,8 @@ def test_episodes_end_with_the_task_a_limit_or_the_trial_and_only_the_trial_rese
         np.testing.assert_array_equal(
             task.first_obs[:, O:], [[0] * (A + 1) + [1, 1]] * len(length[0])
         )
-        np.testing.assert_array_equal(now.obs[..., O:-2], previous * ~now.reset[..., None])
+        shown = previous * ~now.reset[..., None]
+        np.testing.assert_allclose(now.obs[..., O:-2], shown, rtol=1e-6, atol=1e-7)
         np.testing.assert_array_equal(now.obs[..., -2], now.done)
         np.testing.assert_array_equal(now.obs[..., -1], now.reset)
         np.testing.assert_array_equal(now.final_obs[..., O:-2], previous)
@@ -291,7 +292,8 @@ def test_matrices_are_uniform_among_those_with_orthonormal_columns():
     assert trace.mean() == pytest.approx(0, abs=0.03)
     assert (trace**2).mean() == pytest.approx(1, abs=0.04)
     sign = random_orthonormal(jax.random.PRNGKey(2), 4000, 1, 1)
-    assert (np.abs(sign) == 1).all() and sign.mean() == pytest.approx(0, abs=0.06)
+    np.testing.assert_allclose(np.abs(sign), 1, rtol=1e-6)
+    assert sign.mean() == pytest.approx(0, abs=0.06)
 
 
 @pytest.mark.parametrize(("name", "o"), [("cartpole-positions", 2), ("gymnax-reacher", 8)])
@@ -318,11 +320,11 @@ for i in range(300):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="locomotion's draws of a step never end on two cores")
 def test_as_many_matrices_as_a_suite_needs_are_drawn_at_once_on_few_cores():
-    """jaxlib's QR of a batch waits for threads that others, side by side with it, may hold."""
+    """jaxlib's QR of a batch waited for threads that others, side by side with it, held."""
     root = Path(__file__).resolve().parent.parent
-    subprocess.run([sys.executable, "-c", MANY_DRAWS], cwd=root, timeout=60, check=True)
+    ended = subprocess.run([sys.executable, "-c", MANY_DRAWS], cwd=root, timeout=60, check=False)
+    assert ended.returncode == 0
 
 
 @pytest.fixture(scope="module")

@@ -652,7 +652,6 @@ def test_the_report_is_of_all_seeds_and_scales_rewards_as_training_did(
     assert second.startswith("mountain-car") and second.endswith("held out")
 
 
-@pytest.mark.xfail(reason="report prints what is there from the left, under wrong headings")
 def test_where_no_episode_began_late_the_table_has_a_gap_and_the_files_no_nan(
     monkeypatch, tmp_path, capsys
 ):  # fmt: skip

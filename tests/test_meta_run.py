@@ -277,7 +277,6 @@ def test_a_refused_run_exits_with_1(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.xfail(reason="--eval-trial-length -3 is let through, and fails after the training")
 def test_trials_of_negative_length_are_refused():
     with pytest.raises(ValueError, match="--eval-trial-length"):
         Args(eval_trial_length=-3)
