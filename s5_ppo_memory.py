@@ -637,7 +637,8 @@ def save(run_dir, state, rows, metric):
         with SummaryWriter(str(run_dir / "tensorboard" / f"seed_{seed}")) as tensorboard:
             for step, row in mine.items():
                 for name in row.keys() - {"global_step", "seed"}:
-                    tensorboard.add_scalar(name, row[name], step)
+                    if np.isfinite(row[name]):
+                        tensorboard.add_scalar(name, row[name], step)
     figure.savefig(run_dir / "learning_curve.png", dpi=150)
 
 

@@ -2,6 +2,7 @@
 of runs that a test starts."""
 
 import os
+import signal
 import tempfile
 
 # Two devices of the CPU. Programs compile in a third of the time and run at half the speed.
@@ -17,3 +18,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 import jax
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# What runs in the background of a shell, or under nohup, ignores some; the scripts respect that.
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)

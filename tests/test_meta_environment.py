@@ -314,7 +314,7 @@ MANY_DRAWS = """
 import jax
 from s5_ppo_meta import random_orthonormal
 draw = jax.jit(lambda key: [random_orthonormal(k, 96, 32, 27) for k in jax.random.split(key, 10)])
-for i in range(300):
+for i in range(100):
     jax.block_until_ready(draw(jax.random.PRNGKey(i)))
 """
 
