@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flax>=0.12", "gymnax>=1.0.1", "jax>=0.10", "matplotlib", "numpy>=2", "optax",
-#                 "six", "tensorboardX>=2.6", "tqdm", "tyro>=1"]
+#                 "pandas>=2.2", "six", "tensorboardX>=2.6", "tqdm", "tyro>=1"]
 # ///
 """LSTM and PPO on bsuite's memory length: what resettable S5 is up against (Lu et al. 2023).
 
@@ -21,6 +21,7 @@ Departures from the paper are those of s5_ppo_memory.py, and:
   --max-timescale 2 brings the usual zeros back.
 """
 
+import argparse
 import contextlib
 import gzip
 import json
@@ -42,6 +43,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas as pd
 import tyro
 from flax import serialization
 from jax.flatten_util import ravel_pytree
@@ -69,7 +71,6 @@ class Args:
     min_memory_length: int = 4  # shortest; environments are spread between the two
     observe_action: bool = False  # show the last action: in MemoryChain it can carry the cue on
     env_params: dict[str, float] = field(default_factory=dict)  # other EnvParams: NAME VALUE ...
-    truncation_is_terminal: bool = False  # a time limit is a real end: nothing would come after it
     eval_episodes: int = 128  # greedy episodes of each seed in the evaluation at the end
 
     # ---- sequence model
@@ -102,8 +103,7 @@ class Args:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1")
         if self.num_envs % (self.num_minibatches * self.num_devices):
-            factors = f"{self.num_minibatches} --num-minibatches x {self.num_devices} --num-devices"
-            raise ValueError(f"--num-envs {self.num_envs} is not divisible by {factors}")
+            raise ValueError("--num-envs is no multiple of --num-minibatches x --num-devices")
         if self.num_updates * self.update_epochs * self.num_minibatches >= 2**31:
             raise ValueError(f"--total-timesteps {self.total_timesteps} needs 2^31 gradient steps")
         if self.max_timescale < 2:
@@ -124,9 +124,8 @@ class Timestep(NamedTuple):
     """What a step of N environments returns."""
 
     obs: jax.Array  # (N, O) what the agent sees next
-    reset: jax.Array  # (N,) bool: obs is the first of an episode, where the memory starts anew
     reward: jax.Array  # (N,)
-    done: jax.Array  # (N,) bool: the action ended the episode, by a termination or a time limit
+    done: jax.Array  # (N,) bool: the action ended the episode; obs is the first of the next one
     truncated: jax.Array  # (N,) bool: by a time limit alone
     final_obs: jax.Array  # (N, O) what the agent would have seen next, had there been no reset
     episode_return: jax.Array  # (N,) undiscounted, of the last episode that ended
@@ -185,14 +184,14 @@ class Environment:
         step = jax.vmap(self.env.step)
         obs, inner, reward, terminated, truncated, info = step(keys, inner, action, params)
         reward, done = reward.astype(jnp.float32), terminated | truncated
-        final_obs, no_reset = info["final_observation"], jnp.zeros_like(done)
         return (inner, params), Timestep(
             obs=self.agent_obs(obs, action, reward, done),
-            reset=done,
             reward=reward,
             done=done,
             truncated=truncated & ~terminated,
-            final_obs=self.agent_obs(final_obs, action, reward, no_reset),
+            final_obs=self.agent_obs(
+                info["final_observation"], action, reward, jnp.zeros_like(done)
+            ),
             episode_return=info["returned_episode_returns"],
         )
 
@@ -307,10 +306,7 @@ class TrainState(NamedTuple):
 
     params: dict
     opt_state: tuple
-    env_state: tuple
-    obs: jax.Array  # (N, O)
-    reset: jax.Array  # (N,)
-    carry: tuple  # the sequence model's memory before it has seen obs
+    actor: tuple  # env_state, obs (N, O), reset (N,) and the memory before it has seen obs
     key: jax.Array
     num_updates: jax.Array  # int32, updates done
 
@@ -333,13 +329,6 @@ def gae(reward, value, done, last_value, gamma, gae_lambda):
     return jax.lax.scan(step, later, (reward, value, done), reverse=True)[1]
 
 
-def categorical(logits, action):
-    """Log-probability of action (...,) and entropy (...,), from logits (..., A)."""
-    log_p = jax.nn.log_softmax(logits)
-    log_prob = jnp.take_along_axis(log_p, action[..., None], axis=-1)[..., 0]
-    return log_prob, -(jnp.exp(log_p) * log_p).sum(-1)
-
-
 def ppo_loss(params, network, carry, batch, advantage, target, args):
     """Clipped objective, value loss, entropy bonus (Schulman et al. 2017) of M whole environments.
 
@@ -347,18 +336,20 @@ def ppo_loss(params, network, carry, batch, advantage, target, args):
     advantage, target (T, M). Returns the scalar loss and a dict of scalars to log.
     """
     _, logits, value = network.apply(params, carry, batch.obs, batch.reset)
-    log_prob, entropy = categorical(logits, batch.action)
+    log_p = jax.nn.log_softmax(logits)
+    log_prob = jnp.take_along_axis(log_p, batch.action[..., None], axis=-1)[..., 0]
+    entropy = -(jnp.exp(log_p) * log_p).sum(-1).mean()
     log_ratio = log_prob - batch.log_prob
     ratio = jnp.exp(log_ratio)
     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     clipped = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -jnp.minimum(ratio * advantage, clipped * advantage).mean()
     value_loss = 0.5 * jnp.square(value - target).mean()
-    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy.mean()
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
     return loss, {
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
-        "losses/entropy": entropy.mean(),
+        "losses/entropy": entropy,
         "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # k3 of Schulman's note: never negative
         "losses/clipfrac": (jnp.abs(ratio - 1) > args.clip_coef).mean(),
     }
@@ -367,9 +358,8 @@ def ppo_loss(params, network, carry, batch, advantage, target, args):
 def learning_rate_schedule(args):
     """The step size as a function of the number of optimiser steps taken."""
     steps = args.num_updates * args.update_epochs * args.num_minibatches
-    return optax.linear_schedule(
-        args.learning_rate, args.learning_rate * (not args.anneal_lr), steps
-    )
+    last = 0.0 if args.anneal_lr else args.learning_rate
+    return optax.linear_schedule(args.learning_rate, last, steps)
 
 
 def learn(params_and_opt_state, env_ids, carry, rollout, network, optimizer, args):
@@ -380,8 +370,7 @@ def learn(params_and_opt_state, env_ids, carry, rollout, network, optimizer, arg
     params, opt_state = params_and_opt_state
     carry = jax.tree.map(lambda x: x[env_ids], carry)
     minibatch = jax.tree.map(lambda x: x[:, env_ids], rollout)
-    gradient = jax.grad(ppo_loss, has_aux=True)
-    grads, losses = gradient(params, network, carry, *minibatch, args)
+    grads, losses = jax.grad(ppo_loss, has_aux=True)(params, network, carry, *minibatch, args)
     flat, unflatten = ravel_pytree(grads)  # one all-reduce, not one an array
     flat = jax.lax.pmean(flat, "devices")
     losses["losses/grad_norm"] = jnp.linalg.norm(flat)
@@ -408,62 +397,60 @@ def make_train(args, env):
         return TrainState(
             params=params,
             opt_state=optimizer.init(params),
-            env_state=env_state,
-            obs=obs,
-            reset=reset,
-            carry=carry,
+            actor=(env_state, obs, reset, carry),
             key=key,
             num_updates=jnp.zeros((), jnp.int32),
         )
 
-    def act(state, key):
-        """One step of the rollout; returns the next state and a Transition."""
+    def act(params, actor, key):
+        """One step of the rollout; returns the next actor, a Transition and returns."""
+        env_state, obs, reset, carry = actor
         action_key, env_key = jax.random.split(key)
-        forward = partial(network.apply, state.params)
-        carry, logits, value = forward(state.carry, state.obs[None], state.reset[None])
+        forward = partial(network.apply, params)
+        carry, logits, value = forward(carry, obs[None], reset[None])
         action = jax.random.categorical(action_key, logits[0])
-        env_state, timestep = env.step(env_key, state.env_state, action)
+        log_prob = jax.nn.log_softmax(logits[0])[jnp.arange(num_envs), action]
+        env_state, timestep = env.step(env_key, env_state, action)
         reward = timestep.reward
-        if env.has_time_limit and not args.truncation_is_terminal:
+        if env.has_time_limit:
             # The episode would have gone on: add what it was still worth, with the memory it had.
-            final_obs, no_reset = timestep.final_obs[None], jnp.zeros_like(state.reset)[None]
+            final_obs, no_reset = timestep.final_obs[None], jnp.zeros_like(reset)[None]
             final_value = forward(carry, final_obs, no_reset)[2][0]
             reward += args.gamma * jnp.where(timestep.truncated, final_value, 0.0)
         transition = Transition(
-            obs=state.obs,
-            reset=state.reset,
+            obs=obs,
+            reset=reset,
             action=action,
-            log_prob=categorical(logits[0], action)[0],
+            log_prob=log_prob,
             value=value[0],
             reward=reward,
             done=timestep.done,
         )
-        obs, reset = timestep.obs, timestep.reset
-        state = state._replace(env_state=env_state, obs=obs, reset=reset, carry=carry)
-        return state, (transition, jnp.where(timestep.done, timestep.episode_return, 0.0))
+        actor = env_state, timestep.obs, timestep.done, carry
+        return actor, (transition, jnp.where(timestep.done, timestep.episode_return, 0.0))
 
     def update(state, _):
         """One rollout, and update_epochs passes over it."""
         key, device_key = jax.random.split(state.key)
         device_key = jax.random.fold_in(device_key, jax.lax.axis_index("devices"))
         act_key, *epoch_keys = jax.random.split(device_key, 1 + args.update_epochs)
-        carry = state.carry  # as acting left it; every pass over the rollout starts there
         act_keys = jax.random.split(act_key, args.num_steps)
-        state, (batch, returns) = jax.lax.scan(act, state, act_keys)
-        now = state.carry, state.obs[None], state.reset[None]
-        last_value = network.apply(state.params, *now)[2][0]
+        actor, (batch, returns) = jax.lax.scan(partial(act, state.params), state.actor, act_keys)
+        _, obs, reset, carry = actor
+        last_value = network.apply(state.params, carry, obs[None], reset[None])[2][0]
         gammas = args.gamma, args.gae_lambda
         advantage = gae(batch.reward, batch.value, batch.done, last_value, *gammas)
         target = advantage + batch.value
 
         order = jnp.concatenate([jax.random.permutation(k, num_envs) for k in epoch_keys])
         order = order.reshape(args.update_epochs * args.num_minibatches, -1)  # (gradient steps, M)
+        start = state.actor[-1]  # the memory before the rollout; every pass over it starts there
         fixed = {"network": network, "optimizer": optimizer, "args": args}
-        step = partial(learn, carry=carry, rollout=(batch, advantage, target), **fixed)
+        step = partial(learn, carry=start, rollout=(batch, advantage, target), **fixed)
         (params, opt_state), losses = jax.lax.scan(step, (state.params, state.opt_state), order)
         unexplained = (target - batch.value).var() / (target.var() + 1e-8)
         losses["losses/explained_variance"] = 1 - unexplained
-        state = state._replace(params=params, opt_state=opt_state, key=key)
+        state = state._replace(params=params, opt_state=opt_state, actor=actor, key=key)
         episodes = batch.done.sum(0), returns.sum(0)  # (N,) each
         return state._replace(num_updates=state.num_updates + 1), (losses, episodes)
 
@@ -478,9 +465,8 @@ def make_train(args, env):
         ended = {"charts/episodic_return": total / seen, "charts/episodes": episodes}
         return state, metrics | ended
 
-    split, copied = jax.P("devices"), jax.P()
-    of_envs = ("env_state", "obs", "reset", "carry")
-    specs = TrainState(*(split if name in of_envs else copied for name in TrainState._fields))
+    copied, split = jax.P(), jax.P("devices")
+    specs = TrainState(params=copied, opt_state=copied, actor=split, key=copied, num_updates=copied)
     spmd = partial(jax.shard_map, mesh=jax.make_mesh((args.num_devices,), ("devices",)))
     spmd = partial(spmd, out_specs=specs, check_vma=False)
     return spmd(init, in_specs=copied), spmd(train, in_specs=(specs,), out_specs=(specs, copied))
@@ -497,17 +483,17 @@ def evaluate(params, key, memory_length, args, env):
     env_state, obs = env.reset(reset_key, E, memory_length)
 
     def step(loop):
-        env_state, obs, reset, carry, key, finished, returns = loop
+        (env_state, obs, reset, carry), key, finished, returns = loop
         key, env_key = jax.random.split(key)
         carry, logits, _ = network.apply(params, carry, obs[None], reset[None])
         env_state, timestep = env.step(env_key, env_state, logits[0].argmax(-1))
         returns = jnp.where(finished, returns, timestep.episode_return)
-        finished |= timestep.done
-        return env_state, timestep.obs, timestep.reset, carry, key, finished, returns
+        actor = env_state, timestep.obs, timestep.done, carry
+        return actor, key, finished | timestep.done, returns
 
-    reset, carry = jnp.ones(E, bool), SequenceModel(args).initial_carry(E)
-    loop = env_state, obs, reset, carry, key, jnp.zeros(E, bool), jnp.zeros(E)
-    return jax.lax.while_loop(lambda loop: ~loop[-2].all(), step, loop)[-1]
+    actor = env_state, obs, jnp.ones(E, bool), SequenceModel(args).initial_carry(E)
+    loop = actor, key, jnp.zeros(E, bool), jnp.zeros(E)
+    return jax.lax.while_loop(lambda loop: ~loop[2].all(), step, loop)[-1]
 
 
 def report(run_dir, state, keys, timing, args, env):
@@ -518,14 +504,13 @@ def report(run_dir, state, keys, timing, args, env):
     means = {length: of_seeds(state.params, keys, length).mean(1).tolist() for length in lengths}
     write(run_dir / "eval.json", json.dumps({"mean_return": means} | timing, indent=2).encode())
     print("mean return of greedy episodes" + ", by memory length" * env.is_memory_chain)
-    print("seed", *(f"{length:7}" for length in lengths))
-    for i in range(args.num_seeds):
-        print(f"{args.seed + i:4}", *(f"{mean[i]:7.2f}" for mean in means.values()))
+    table = pd.DataFrame({"seed": range(args.seed, args.seed + args.num_seeds)} | means)
+    print(table.to_string(index=False, float_format="%.2f", col_space=6))
 
 
 # ==== Run directory ===============================================================================
 @contextlib.contextmanager
-def refuse(what, *kinds):
+def refuse(what, kinds=Exception):
     """Says an error of these kinds in one line: the input or the disk is wrong, not the program."""
     try:
         yield
@@ -535,13 +520,14 @@ def refuse(what, *kinds):
 
 def parse_flags() -> tuple[Args, list[str]]:
     """Args, and the flags they come from: with --resume, the run's before the command line's."""
-    args, flags = tyro.cli(Args, description=__doc__), sys.argv[1:]
-    if args.resume:
-        with refuse(f"--resume {args.resume}", OSError, ValueError, LookupError, TypeError):
-            config = json.loads((args.resume / "config.json").read_text())
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    run_dir, flags = parser.parse_known_args()[0].resume, sys.argv[1:]
+    if run_dir:
+        with refuse(f"--resume {run_dir}"):
+            config = json.loads((run_dir / "config.json").read_text())
             flags = [*map(str, config["flags"]), *flags]  # of a flag given twice the last counts
-        args = tyro.cli(Args, args=flags)
-    return args, flags
+    return tyro.cli(Args, args=flags, description=__doc__), flags
 
 
 def write(path, content: bytes):
@@ -553,10 +539,9 @@ def write(path, content: bytes):
 
 def write_config(run_dir, args, flags):
     here = Path(__file__).resolve().parent
-    failed, commit = subprocess.getstatusoutput(f'git -C "{here}" rev-parse HEAD')
     config = {"args": asdict(args), "flags": flags, "device": jax.devices()[0].device_kind}
     config["versions"] = {name: version(name) for name in ("jax", "flax", "optax", "gymnax")}
-    config["git_commit"] = "" if failed else commit
+    config["git_commit"] = subprocess.getoutput(f'git -C "{here}" rev-parse HEAD 2>/dev/null')
     write(run_dir / "config.json", json.dumps(config, indent=2, default=str).encode())
 
 
@@ -571,30 +556,27 @@ def save(run_dir, state, rows, metric):
         shutil.copy(checkpoint, run_dir / "previous_checkpoint.gz")
     content = {"leaves": jax.tree.leaves(jax.device_get(state)), "rows": json.dumps(rows)}
     write(checkpoint, gzip.compress(serialization.to_bytes(content), 1))
-    lines = [",".join(map(str, line)) for line in (*rows[:1], *(row.values() for row in rows))]
-    write(run_dir / "metrics.csv", "\n".join([*lines, ""]).encode())
+    if not rows:  # stopped before the first update
+        return
 
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    ax = figure.subplots()
-    ax.set(xlabel="environment steps", ylabel=metric.replace("_", " "))
-    shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
-    for seed in {row["seed"]: None for row in rows}:
-        mine = {row["global_step"]: row for row in rows if row["seed"] == seed}
-        ax.plot(mine.keys(), [row[f"charts/{metric}"] for row in mine.values()])
-        with SummaryWriter(str(run_dir / "tensorboard" / f"seed_{seed}")) as tensorboard:
-            for step, row in mine.items():
-                for name in row.keys() - {"global_step", "seed"}:
-                    if np.isfinite(row[name]):
-                        tensorboard.add_scalar(name, row[name], step)
+    table, figure = pd.DataFrame(rows), Figure(figsize=(6, 4), layout="constrained")
+    write(run_dir / "metrics.csv", table.to_csv(index=False, na_rep="nan").encode())
+    curves = table.set_index("global_step").groupby("seed")[metric]
+    curves.plot(ax=figure.subplots(), ylabel=metric)
     figure.savefig(run_dir / "learning_curve.png", dpi=150)
+    shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+    scalars = table.melt(["seed", "global_step"])
+    for seed, mine in scalars[np.isfinite(scalars.value)].groupby("seed"):
+        with SummaryWriter(str(run_dir / "tensorboard" / f"seed_{seed}")) as tensorboard:
+            for row in mine.itertuples():
+                tensorboard.add_scalar(row.variable, row.value, row.global_step)
 
 
 def load_checkpoint(run_dir, like):
     """State, on the devices that `like` is on, and rows; ValueError if its shapes are others."""
-    content = gzip.decompress((run_dir / "checkpoint.gz").read_bytes())
-    saved = serialization.msgpack_restore(content)
+    saved = serialization.msgpack_restore(gzip.decompress((run_dir / "checkpoint.gz").read_bytes()))
     stored, (leaves, structure) = saved["leaves"].values(), jax.tree.flatten(like)
     if [(x.shape, x.dtype) for x in stored] != [(x.shape, x.dtype) for x in leaves]:
         raise ValueError("its network or its environments are of other sizes")
@@ -609,28 +591,24 @@ def main():
     args, flags = parse_flags()
     jax.config.update("jax_enable_x64", False)
     jax.config.update("jax_default_matmul_precision", "default" if args.tf32 else "highest")
-    wrong = ValueError, TypeError, AttributeError, ArithmeticError, OSError
-    with refuse("--env-id, --env-params or --num-devices", *wrong):
+    with refuse("--env-id, --env-params or --num-devices"):
         env = Environment(args)
         init, train = make_train(args, env)
-    task = f"{args.env_id}-{args.memory_length}" if env.is_memory_chain else args.env_id
-    start = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # several may start in one second
-    run_dir = args.resume or Path("runs", f"{Path(__file__).stem}__{task}__{args.seed}__{start}")
+    name = f"{Path(__file__).stem}__{args.env_id}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = args.resume or Path("runs", name)
     if args.track:
-        with refuse("--track", Exception):
+        with refuse("--track"):
             import wandb
 
             wandb.init(id=run_dir.resolve().name, resume="allow", config=asdict(args))
 
     # One seed after another: batched QR, of the orthogonal weights, can hang on a few CPU cores.
-    keys = jnp.stack([jax.random.PRNGKey(args.seed + i) for i in range(args.num_seeds)])
-    state, rows = jax.jit(partial(jax.lax.map, init))(keys), []
-    if args.resume:
-        with refuse(
-            f"--resume {run_dir}: checkpoint.gz (see also previous_checkpoint.gz)", Exception
-        ):
-            state, rows = load_checkpoint(run_dir, state)
-    with refuse(str(run_dir), OSError):
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    keys = jnp.stack([jax.random.PRNGKey(seed) for seed in seeds])
+    state = jax.jit(partial(jax.lax.map, init))(keys)
+    with refuse(f"--resume {run_dir}: checkpoint.gz (see also previous_checkpoint.gz)"):
+        state, rows = load_checkpoint(run_dir, state) if args.resume else (state, [])
+    with refuse(run_dir, OSError):
         run_dir.mkdir(parents=True, exist_ok=True)
         write_config(run_dir, args, flags)
     update, total = int(state.num_updates[0]), args.num_updates * args.batch_size
@@ -649,28 +627,29 @@ def main():
         while update < args.num_updates and not stopped_by:
             call_start = time.time()
             state, metrics = train(state)
-            metrics = jax.tree.map(np.asarray, metrics)  # waits for the device
+            metrics = jax.device_get(metrics)  # waits for the device
             if not np.isfinite(metrics["losses/grad_norm"]).all():
                 bar.close()
                 how = f"a smaller --learning-rate, anew or with --resume {run_dir}"
                 sys.exit(f"error: the gradient was not finite after update {update}; try {how}")
             update, steps = update + args.log_interval, args.log_interval * args.batch_size
-            metrics["charts/SPS"] = np.full(args.num_seeds, steps / (time.time() - call_start))
-            for i, seed in enumerate(range(args.seed, args.seed + args.num_seeds)):
-                row, now = {k: x[i].item() for k, x in metrics.items()}, update * args.batch_size
-                if args.track:  # which takes no step twice
-                    wandb.log({f"seed_{seed}/{name}": x for name, x in row.items()}, step=now)
-                rows.append({"global_step": now, "seed": seed} | row)
+            metrics["charts/SPS"] = steps / (time.time() - call_start)
+            now = update * args.batch_size
+            new = pd.DataFrame({"global_step": now, "seed": seeds} | metrics).to_dict("records")
+            rows += new
+            if args.track:
+                sent = {f"seed_{row['seed']}/{name}": row[name] for row in new for name in metrics}
+                wandb.log(sent, step=now)
             bar.set_postfix_str(f"return {metrics['charts/episodic_return'].mean():.2f}")
             bar.update(steps)
             if time.time() - last_save > args.checkpoint_interval:
-                save(run_dir, state, rows, "episodic_return")
+                save(run_dir, state, rows, "charts/episodic_return")
                 last_save = time.time()
         bar.close()
     except OSError as error:  # a closed pipe, a full disk
         stopped_by.append(error)
-    with refuse(str(run_dir), OSError):
-        save(run_dir, state, rows, "episodic_return")
+    with refuse(run_dir, OSError):
+        save(run_dir, state, rows, "charts/episodic_return")
     if stopped_by:
         sys.exit(f"stopped by {stopped_by[0]}; go on with: python {sys.argv[0]} --resume {run_dir}")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["brax>=0.14.2", "flax>=0.12", "gymnax>=1.0.1", "jax>=0.10", "matplotlib",
-#                 "numpy>=2", "optax", "six", "tensorboardX>=2.6", "tqdm", "tyro>=1"]
+#                 "numpy>=2", "optax", "pandas>=2.2", "six", "tensorboardX>=2.6", "tqdm", "tyro>=1"]
 # ///
 """Resettable S5 and PPO learn to control unknown bodies within a trial (Lu et al. 2023, section 5).
 
@@ -30,6 +30,7 @@ and near 0 with it wiped every step. Figures: README.md and benchmarks/README.md
 - Tasks are gymnax's and brax's, not DMControl's.
 """
 
+import argparse
 import contextlib
 import gzip
 import json
@@ -53,6 +54,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas as pd
 import tyro
 from flax import serialization
 from jax.flatten_util import ravel_pytree
@@ -768,9 +770,8 @@ def ppo_loss(params, network, carry, batch, advantage, target, args):
 def learning_rate_schedule(args):
     """The step size as a function of the number of optimiser steps taken."""
     steps = args.num_updates * args.update_epochs * args.num_minibatches
-    return optax.linear_schedule(
-        args.learning_rate, args.learning_rate * (not args.anneal_lr), steps
-    )
+    last = 0.0 if args.anneal_lr else args.learning_rate
+    return optax.linear_schedule(args.learning_rate, last, steps)
 
 
 def learn(params_and_opt_state, env_ids, carry, rollout, network, optimizer, args):
@@ -781,8 +782,7 @@ def learn(params_and_opt_state, env_ids, carry, rollout, network, optimizer, arg
     params, opt_state = params_and_opt_state
     carry = jax.tree.map(lambda x: x[env_ids], carry)
     minibatch = jax.tree.map(lambda x: x[:, env_ids], rollout)
-    gradient = jax.grad(ppo_loss, has_aux=True)
-    grads, losses = gradient(params, network, carry, *minibatch, args)
+    grads, losses = jax.grad(ppo_loss, has_aux=True)(params, network, carry, *minibatch, args)
     flat, unflatten = ravel_pytree(grads)  # one all-reduce, not one an array
     flat = jax.lax.pmean(flat, "devices")
     losses["losses/grad_norm"] = jnp.linalg.norm(flat)
@@ -1041,7 +1041,7 @@ def report(run_dir, state, keys, timing, args, env):
 
 # ==== Run directory ===============================================================================
 @contextlib.contextmanager
-def refuse(what, *kinds):
+def refuse(what, kinds=Exception):
     """Says an error of these kinds in one line: the input or the disk is wrong, not the program."""
     try:
         yield
@@ -1051,13 +1051,14 @@ def refuse(what, *kinds):
 
 def parse_flags() -> tuple[Args, list[str]]:
     """Args, and the flags they come from: with --resume, the run's before the command line's."""
-    args, flags = tyro.cli(Args, description=__doc__), sys.argv[1:]
-    if args.resume:
-        with refuse(f"--resume {args.resume}", OSError, ValueError, LookupError, TypeError):
-            config = json.loads((args.resume / "config.json").read_text())
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    run_dir, flags = parser.parse_known_args()[0].resume, sys.argv[1:]
+    if run_dir:
+        with refuse(f"--resume {run_dir}"):
+            config = json.loads((run_dir / "config.json").read_text())
             flags = [*map(str, config["flags"]), *flags]  # of a flag given twice the last counts
-        args = tyro.cli(Args, args=flags)
-    return args, flags
+    return tyro.cli(Args, args=flags, description=__doc__), flags
 
 
 def write(path, content: bytes):
@@ -1069,12 +1070,11 @@ def write(path, content: bytes):
 
 def write_config(run_dir, args, flags):
     here = Path(__file__).resolve().parent
-    failed, commit = subprocess.getstatusoutput(f'git -C "{here}" rev-parse HEAD')
     config = {"args": asdict(args), "flags": flags, "device": jax.devices()[0].device_kind}
     config["versions"] = {
         name: version(name) for name in ("jax", "flax", "optax", "gymnax", "brax")
     }
-    config["git_commit"] = "" if failed else commit
+    config["git_commit"] = subprocess.getoutput(f'git -C "{here}" rev-parse HEAD 2>/dev/null')
     write(run_dir / "config.json", json.dumps(config, indent=2, default=str).encode())
 
 
@@ -1089,30 +1089,27 @@ def save(run_dir, state, rows, metric):
         shutil.copy(checkpoint, run_dir / "previous_checkpoint.gz")
     content = {"leaves": jax.tree.leaves(jax.device_get(state)), "rows": json.dumps(rows)}
     write(checkpoint, gzip.compress(serialization.to_bytes(content), 1))
-    lines = [",".join(map(str, line)) for line in (*rows[:1], *(row.values() for row in rows))]
-    write(run_dir / "metrics.csv", "\n".join([*lines, ""]).encode())
+    if not rows:  # stopped before the first update
+        return
 
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    ax = figure.subplots()
-    ax.set(xlabel="environment steps", ylabel=metric.replace("_", " "))
-    shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
-    for seed in {row["seed"]: None for row in rows}:
-        mine = {row["global_step"]: row for row in rows if row["seed"] == seed}
-        ax.plot(mine.keys(), [row[f"charts/{metric}"] for row in mine.values()])
-        with SummaryWriter(str(run_dir / "tensorboard" / f"seed_{seed}")) as tensorboard:
-            for step, row in mine.items():
-                for name in row.keys() - {"global_step", "seed"}:
-                    if np.isfinite(row[name]):
-                        tensorboard.add_scalar(name, row[name], step)
+    table, figure = pd.DataFrame(rows), Figure(figsize=(6, 4), layout="constrained")
+    write(run_dir / "metrics.csv", table.to_csv(index=False, na_rep="nan").encode())
+    curves = table.set_index("global_step").groupby("seed")[metric]
+    curves.plot(ax=figure.subplots(), ylabel=metric)
     figure.savefig(run_dir / "learning_curve.png", dpi=150)
+    shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+    scalars = table.melt(["seed", "global_step"])
+    for seed, mine in scalars[np.isfinite(scalars.value)].groupby("seed"):
+        with SummaryWriter(str(run_dir / "tensorboard" / f"seed_{seed}")) as tensorboard:
+            for row in mine.itertuples():
+                tensorboard.add_scalar(row.variable, row.value, row.global_step)
 
 
 def load_checkpoint(run_dir, like):
     """State, on the devices that `like` is on, and rows; ValueError if its shapes are others."""
-    content = gzip.decompress((run_dir / "checkpoint.gz").read_bytes())
-    saved = serialization.msgpack_restore(content)
+    saved = serialization.msgpack_restore(gzip.decompress((run_dir / "checkpoint.gz").read_bytes()))
     stored, (leaves, structure) = saved["leaves"].values(), jax.tree.flatten(like)
     if [(x.shape, x.dtype) for x in stored] != [(x.shape, x.dtype) for x in leaves]:
         raise ValueError("its network or its environments are of other sizes")
@@ -1131,25 +1128,21 @@ def main():
         env = Environment(args.train_tasks, args)
         eval_env = Environment(args.train_tasks + args.held_out_tasks, args, trials_end=False)
         init, train = make_train(args, env)
-    start = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # several may start in one second
-    run_dir = args.resume or Path(
-        "runs", f"{Path(__file__).stem}__{args.suite}__{args.seed}__{start}"
-    )
+    name = f"{Path(__file__).stem}__{args.suite}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = args.resume or Path("runs", name)
     if args.track:
-        with refuse("--track", Exception):
+        with refuse("--track"):
             import wandb
 
             wandb.init(id=run_dir.resolve().name, resume="allow", config=asdict(args))
 
     # One seed after another: batched QR, of the orthogonal weights, can hang on a few CPU cores.
-    keys = jnp.stack([jax.random.PRNGKey(args.seed + i) for i in range(args.num_seeds)])
-    state, rows = jax.jit(partial(jax.lax.map, init))(keys), []
-    if args.resume:
-        with refuse(
-            f"--resume {run_dir}: checkpoint.gz (see also previous_checkpoint.gz)", Exception
-        ):
-            state, rows = load_checkpoint(run_dir, state)
-    with refuse(str(run_dir), OSError):
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    keys = jnp.stack([jax.random.PRNGKey(seed) for seed in seeds])
+    state = jax.jit(partial(jax.lax.map, init))(keys)
+    with refuse(f"--resume {run_dir}: checkpoint.gz (see also previous_checkpoint.gz)"):
+        state, rows = load_checkpoint(run_dir, state) if args.resume else (state, [])
+    with refuse(run_dir, OSError):
         run_dir.mkdir(parents=True, exist_ok=True)
         write_config(run_dir, args, flags)
     update, total = int(state.num_updates[0]), args.num_updates * args.batch_size
@@ -1168,28 +1161,29 @@ def main():
         while update < args.num_updates and not stopped_by:
             call_start = time.time()
             state, metrics = train(state)
-            metrics = jax.tree.map(np.asarray, metrics)  # waits for the device
+            metrics = jax.device_get(metrics)  # waits for the device
             if not np.isfinite(metrics["losses/grad_norm"]).all():
                 bar.close()
                 how = f"a smaller --learning-rate, anew or with --resume {run_dir}"
                 sys.exit(f"error: the gradient was not finite after update {update}; try {how}")
             update, steps = update + args.log_interval, args.log_interval * args.batch_size
-            metrics["charts/SPS"] = np.full(args.num_seeds, steps / (time.time() - call_start))
-            for i, seed in enumerate(range(args.seed, args.seed + args.num_seeds)):
-                row, now = {k: x[i].item() for k, x in metrics.items()}, update * args.batch_size
-                if args.track:  # which takes no step twice
-                    wandb.log({f"seed_{seed}/{name}": x for name, x in row.items()}, step=now)
-                rows.append({"global_step": now, "seed": seed} | row)
+            metrics["charts/SPS"] = steps / (time.time() - call_start)
+            now = update * args.batch_size
+            new = pd.DataFrame({"global_step": now, "seed": seeds} | metrics).to_dict("records")
+            rows += new
+            if args.track:
+                sent = {f"seed_{row['seed']}/{name}": row[name] for row in new for name in metrics}
+                wandb.log(sent, step=now)
             bar.set_postfix_str(f"score {metrics['charts/score'].mean():.2f}")
             bar.update(steps)
             if time.time() - last_save > args.checkpoint_interval:
-                save(run_dir, state, rows, "score")
+                save(run_dir, state, rows, "charts/score")
                 last_save = time.time()
         bar.close()
     except OSError as error:  # a closed pipe, a full disk
         stopped_by.append(error)
-    with refuse(str(run_dir), OSError):
-        save(run_dir, state, rows, "score")
+    with refuse(run_dir, OSError):
+        save(run_dir, state, rows, "charts/score")
     if stopped_by:
         sys.exit(f"stopped by {stopped_by[0]}; go on with: python {sys.argv[0]} --resume {run_dir}")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):

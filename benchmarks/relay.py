@@ -36,7 +36,7 @@ def answers(params, key, memory_length, random, args, env):
         any_action = jax.random.randint(action_key, (E,), 0, env.num_actions)
         action = jnp.where(random & (t < memory_length), any_action, logits[0].argmax(-1))
         env_state, now = env.step(env_key, env_state, action)
-        return t + 1, env_state, now.obs, now.reset, carry, key, now.episode_return
+        return t + 1, env_state, now.obs, now.done, carry, key, now.episode_return
 
     loop = 0, env_state, obs, jnp.ones(E, bool), carry, key, jnp.zeros(E)
     return jax.lax.while_loop(lambda loop: loop[0] <= memory_length, step, loop)[-1].mean()

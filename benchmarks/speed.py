@@ -44,7 +44,8 @@ def main():
 
     # Forward to act, and forward and backward, thrice the work of forward, in each epoch.
     forward = jax.jit(ActorCritic(args, env.num_actions).apply)
-    forward = forward.lower(state.params, state.carry, state.obs[None], state.reset[None])
+    _, obs, reset, carry = state.actor
+    forward = forward.lower(state.params, carry, obs[None], reset[None])
     flop = forward.compile().cost_analysis()["flops"] / args.num_envs * (1 + 3 * args.update_epochs)
     steps = args.log_interval * args.batch_size
     ceiling = PRODUCTS * 2 * 2048 * 128 * 128 / np.median(product)

@@ -39,7 +39,7 @@ def leave_a_run(script, run_dir, **flags):
     state = jax.jit(partial(jax.lax.map, init))(keys)
     row = {"global_step": 0, "seed": 0, "charts/SPS": 5.0, "charts/score": 0.0}
     script.write_config(run_dir, args, [])
-    script.save(run_dir, state, [row], "score")
+    script.save(run_dir, state, [row], "charts/score")
     return state
 
 

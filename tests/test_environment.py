@@ -95,7 +95,6 @@ def test_agent_sees_its_last_reward_or_a_reset_flag_and_its_action_if_asked(task
     np.testing.assert_array_equal(timesteps.obs[..., raw:], expected)
     expected = np.concatenate([previous, 0 * started], axis=-1)
     np.testing.assert_array_equal(timesteps.final_obs[..., raw:], expected)
-    np.testing.assert_array_equal(timesteps.reset, timesteps.done)
 
 
 def test_another_environment_steps_as_gymnax_does_with_its_params_and_starts_afresh(cart_pole):

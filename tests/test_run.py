@@ -168,7 +168,7 @@ def whole(tmp_path_factory):
 # ---- what a run leaves
 def test_a_run_leaves_its_flags_numbers_plot_and_parameters(whole):
     path, ended = whole
-    assert path.name.startswith("s5_ppo_memory__MemoryChain-bsuite-3__5__")
+    assert path.name.startswith("s5_ppo_memory__MemoryChain-bsuite__5__")
     assert {x.name for x in path.iterdir()} == {
         *("config.json", "metrics.csv", "tensorboard", "learning_curve.png"),
         *("eval.json", "checkpoint.gz"),
@@ -227,6 +227,7 @@ def test_however_it_is_stopped_the_resumed_run_is_the_one_that_was_not(
     path = run_dir(cwd)
     resume = f"--resume runs/{path.name}"
     assert ended.code == 1 and saved(path / "checkpoint.gz")["rows"] == "[]"
+    assert not (path / "metrics.csv").exists()
     for i, number in enumerate(STOPS, 1):
         ended = run(cwd, resume, after={1: lambda number=number: interrupt(number)})
         assert ended.code == 1 and not (path / "eval.json").exists()
@@ -258,11 +259,11 @@ def test_however_it_is_stopped_the_resumed_run_is_the_one_that_was_not(
 
 
 def test_after_a_kill_both_checkpoints_lead_to_the_run_that_was_not_killed(tmp_path, whole):
-    """Killed between two rows of one step. A damaged checkpoint is refused, the one before goes on.
-    W&B is sent each row."""
+    """Killed when a step's rows are sent but not saved. A damaged checkpoint is refused, the one
+    before goes on. W&B is sent each row."""
     (tmp_path / "wandb.py").write_text(WANDB)
     flags = f"{S5} --track --checkpoint-interval 0".split()
-    kill_at = f"{5 * STEPS} seed_6/charts/SPS"
+    kill_at = f"{5 * STEPS} seed_5/charts/SPS"
     process = start(
         tmp_path, [ROOT / "s5_ppo_memory.py", *flags], PYTHONPATH=str(tmp_path), KILL_AT=kill_at
     )
@@ -281,7 +282,7 @@ def test_after_a_kill_both_checkpoints_lead_to_the_run_that_was_not_killed(tmp_p
     starts = [i for i, x in enumerate(sent) if x[0] == "init"]
     assert [sent[i] for i in starts] == [["init", killed.name, "allow"]] * 2
     assert sent[starts[1] + 1][0] == 5 * STEPS  # it did not begin anew
-    sent = {(step, *re.findall(r"seed_(\d)", rest[0][0])) for step, *rest in sent if step != "init"}
+    sent = {(x[0], seed) for x in sent for seed in re.findall(r"seed_(\d)", str(x[1]))}
     assert sent == {(int(row["global_step"]), row["seed"]) for row in csv_rows(killed)}
 
     checkpoint, previous = copy / "checkpoint.gz", copy / "previous_checkpoint.gz"
@@ -446,6 +447,18 @@ def test_data_that_cannot_be_had_is_refused_in_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gymnax, "make", make)
     assert_refused(run(tmp_path, "--env-id MNISTBandit-bsuite"), "--env-id", "urlopen error")
+
+
+def test_flags_beside_resume_are_read_with_those_of_the_run_not_with_the_defaults(
+    tmp_path, monkeypatch
+):
+    """Two environments do for the run's two minibatches; they would not for four, the default."""
+    (tmp_path / "config.json").write_text('{"flags": ["--num-minibatches", "2"]}')
+    for resume in (["--resume", str(tmp_path)], [f"--resume={tmp_path}"]):
+        monkeypatch.setattr(sys, "argv", ["s5_ppo_memory.py", "--num-envs", "2", *resume])
+        args, flags = s5_ppo_memory.parse_flags()
+        assert (args.num_envs, args.num_minibatches, args.resume) == (2, 2, tmp_path)
+        assert flags == ["--num-minibatches", "2", "--num-envs", "2", *resume]
 
 
 CONFIGS = ["{", "{}", "[]", "null", '{"flags": 3}', '{"flags": null}', "\x00"]
