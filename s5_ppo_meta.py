@@ -991,9 +991,7 @@ def report(run_dir, state, keys, timing, args, env):
     half["score"] = half["mean"].map("{:.2f} +- ".format) + half["ci95"].map("{:.2f}".format)
     half = half.pivot(index="task", columns="memory", values="score").reindex(env.names)
     half[""] = np.where(half.index.isin(args.held_out_tasks), "held out", "")
-    print(
-        "second half of trials, score by memory: 0 random or idle, 1 specialist; 95 % over trials"
-    )
+    print("second half of trials, score by memory: 0 random or idle, 1 specialist; +- is 95 %")
     print(half.to_string(na_rep="-", index_names=False))
 
 
