@@ -8,25 +8,22 @@
 Every trial is one task seen through a fresh pair of random matrices: one mixes what the task shows,
 the other what the agent does. Nothing names the task or the matrices, so the agent has to find out
 within the trial what its actions do, and keep it in its memory across the episodes of the trial.
-What it learned that way is measured against the same network with its memory wiped, on new matrices
-and on tasks that were never trained on.
 
     python s5_ppo_meta.py                           # the paper's projected CartPole, positions only
     python s5_ppo_meta.py --suite classic --anneal-lr --total-timesteps 96000000   # more tasks
     python s5_ppo_meta.py --resume runs/RUN         # goes on after Ctrl-C or a kill
 
-Expect a table of scores, 0 what random actions earn and 1 a specialist, near 1 with the memory kept
-and near 0 with it wiped every step. Figures: README.md and benchmarks/README.md. Departures:
+Expect scores near 1, a specialist's, with the memory kept, and near 0, random actions', without it.
+Departures from the paper:
 - PPO, not Muesli, and a head that predicts the change of the observation and the reward: PPO alone
   gives the memory little to learn a new body from.
-- The largest initial time step of S5 is 2, not 0.1, with which the fastest states average over 20
-  steps and velocity is lost. Its input is scaled to unit variance, not by zero-order hold (--zoh).
-- Rollouts are shorter than a trial, and gradients reach no further back. Advantages stop where an
-  episode ends: nothing pays for exploring for the sake of later episodes.
+- S5's largest initial time step is 2, not 0.1, which would lose velocities in an average over 20
+  steps. Its input is scaled to unit variance, not by zero-order hold (--zoh).
+- Gradients reach back one rollout, which is shorter than a trial. Advantages stop where an episode
+  ends: nothing pays for exploring for the sake of later episodes.
 - An environment keeps its task; only matrices, starts and bodies are drawn anew for each trial.
 - An episode's end inside a trial is a flag in the observation; only a trial's end is a reset.
-- The agent sees its own unprojected action and the scaled reward: it could not identify the action
-  matrix without.
+- The agent sees its own unprojected action and the scaled reward.
 - Tasks are gymnax's and brax's, not DMControl's.
 """
 
@@ -70,41 +67,35 @@ class Task(NamedTuple):
     episode_length: int  # time limit, in steps
     baseline_return: float  # scores 0: the better of random actions and none at all
     specialist_return: float  # scores 1: this script trained on the task alone, unprojected
-    return_std: (
-        float  # of random actions' discounted returns: divides rewards until there are others
-    )
-    params: dict = {}  # noqa: RUF012 EnvParams to set; (low, high): drawn for each trial. Gymnax
-    seen: tuple = ()  # entries of the observation that the agent sees; all, if empty. Gymnax only
+    return_std: float  # of random actions' discounted returns: divides the first rewards
+    params: dict = {}  # noqa: RUF012 EnvParams to set, gymnax only, as all that follows
+    ranges: dict = {}  # noqa: RUF012 EnvParams drawn for each trial, from (low, high)
+    seen: slice = slice(None)  # entries of the observation that the agent sees
     reward_scale: float = 1.0
 
 
+POSITIONS = {"seen": slice(0, 3, 2), "reward_scale": 1 / 200}  # no velocities
+CARTS = {"gravity": (6.5, 14.7), "force_mag": (6.7, 15.0)}
+LONG_POLE = {"length": 1.0, "polemass_length": 0.1}
+PENDULUMS = {"g": (6.7, 15.0), "m": (0.67, 1.5)}
+DENSE = {"dense_reward": True}
+SLOW = DENSE | {"max_force": 0.05}
+FORCES = {"max_force": (0.067, 0.15)}
+
 # Made by benchmarks/reference_scores.py, which keeps them in reference_scores.csv. In mountain-car
 # the specialist is no better than doing nothing, so its return is what gym calls solved.
-DENSE = {"dense_reward": True}
 TASKS = {
-    "cartpole-positions": Task(
-        "CartPole-v1", 200, 0.109, 0.999, 0.0461, seen=(0, 2), reward_scale=1 / 200
-    ),
+    "cartpole-positions": Task("CartPole-v1", 200, 0.109, 0.999, 0.0461, **POSITIONS),
     "cartpole": Task("CartPole-v1", 200, 21.8, 200.0, 9.22),
-    "cartpole-bodies": Task(
-        "CartPole-v1", 200, 20.8, 200.0, 9.22, {"gravity": (6.5, 14.7), "force_mag": (6.7, 15.0)}
-    ),
-    "cartpole-long": Task(
-        "CartPole-v1", 200, 32.9, 200.0, 12.1, {"length": 1.0, "polemass_length": 0.1}
-    ),
+    "cartpole-bodies": Task("CartPole-v1", 200, 20.8, 200.0, 9.22, ranges=CARTS),
+    "cartpole-long": Task("CartPole-v1", 200, 32.9, 200.0, 12.1, LONG_POLE),
     "pendulum": Task("Pendulum-v1", 200, -1147.0, -160.0, 170.0),
-    "pendulum-bodies": Task(
-        "Pendulum-v1", 200, -1192.0, -184.0, 172.0, {"g": (6.7, 15.0), "m": (0.67, 1.5)}
-    ),
+    "pendulum-bodies": Task("Pendulum-v1", 200, -1192.0, -184.0, 172.0, ranges=PENDULUMS),
     "pendulum-long": Task("Pendulum-v1", 200, -1060.0, -235.5, 170.0, {"l": 1.5}),
     "pendulum-heavy": Task("Pendulum-v1", 200, -1280.0, -179.0, 172.0, {"m": 1.5, "l": 0.8}),
     "point-robot": Task("PointRobot-misc", 100, -88.3, -35.4, 25.4, DENSE),
-    "point-robot-bodies": Task(
-        "PointRobot-misc", 100, -88.3, -33.6, 25.9, DENSE | {"max_force": (0.067, 0.15)}
-    ),
-    "point-robot-slow": Task(
-        "PointRobot-misc", 100, -88.3, -34.1, 22.2, DENSE | {"max_force": 0.05}
-    ),
+    "point-robot-bodies": Task("PointRobot-misc", 100, -88.3, -33.6, 25.9, DENSE, FORCES),
+    "point-robot-slow": Task("PointRobot-misc", 100, -88.3, -34.1, 22.2, SLOW),
     "gymnax-reacher": Task("Reacher-misc", 100, 14.3, 27.4, 7.76),
     "mountain-car": Task("MountainCarContinuous-v0", 200, 0.0, 90.0, 0.815),
     "inverted-pendulum": Task("inverted_pendulum", 200, 70.2, 200.0, 9.78),
@@ -123,37 +114,31 @@ class Suite(NamedTuple):
 
     train_tasks: tuple
     held_out_tasks: tuple
-    projected_obs_size: int
-    projected_action_size: int
-    trial_length: int
-    trial_unit: str
+    projected_obs_size: int = 12
+    projected_action_size: int = 2
+    trial_length: int = 400
+    trial_unit: str = "steps"
 
 
-# In bodies, gravity, mass or force of the gymnax tasks is drawn for each trial; the three changed
-# bodies held out lie outside of that.
+# Each trial draws gravity, mass or force of BODIES anew; NEW_BODIES lie outside of what is drawn.
+BODIES = ("pendulum-bodies", "point-robot-bodies", "cartpole-bodies")
 NEW_BODIES = ("pendulum-long", "cartpole-long", "point-robot-slow")
 SUITES = {
     "cartpole": Suite(("cartpole-positions",), (), 4, 1, 16, "episodes"),
     "classic": Suite(
         ("pendulum", "point-robot", "cartpole", "inverted-pendulum", "reacher"),
         ("gymnax-reacher", "inverted-double-pendulum", "pendulum-heavy", "mountain-car"),
-        *(12, 2, 400, "steps"),
     ),
     "bodies": Suite(
-        (
-            "pendulum-bodies",
-            "point-robot-bodies",
-            "cartpole-bodies",
-            "inverted-pendulum",
-            "reacher",
-        ),
+        (*BODIES, "inverted-pendulum", "reacher"),
         ("gymnax-reacher", "inverted-double-pendulum", "mountain-car", *NEW_BODIES),
-        *(12, 2, 400, "steps"),
     ),
     "locomotion": Suite(
         ("ant", "halfcheetah", "hopper", "reacher", "inverted-double-pendulum"),
         ("walker2d", "pusher"),
-        *(32, 8, 1000, "steps"),
+        projected_obs_size=32,
+        projected_action_size=8,
+        trial_length=1000,
     ),
 }
 
@@ -181,8 +166,6 @@ class Args:
     projection: bool = True  # --no-projection: the task's own entries, squashed, padded with zeros
     trial_length: int | None = None  # steps or episodes of a trial, as the next flag says
     trial_unit: Literal["steps", "episodes"] | None = None  # what a trial's length counts
-    reset_memory: bool = True  # --no-reset-memory carries it on into the next trial
-    brax_backend: Literal["spring", "positional", "generalized", "mjx"] = "spring"  # as in TASKS
     eval_trials: int = 64  # trials of each task and kind of memory in the evaluation at the end
     eval_trial_length: int | None = None  # their length; None: twice as long as in training
 
@@ -228,10 +211,8 @@ class Args:
             raise ValueError(f"--train-tasks, --held-out-tasks: one or more, each once, of {known}")
         shares = self.num_devices * math.lcm(self.num_minibatches, len(self.train_tasks))
         if self.num_envs % shares:
-            raise ValueError(
-                f"--num-envs {self.num_envs} is no multiple of {shares}: minibatches and tasks "
-                "share the environments of each device equally"
-            )
+            needed = f"{shares}, for equal devices, minibatches and tasks"
+            raise ValueError(f"--num-envs {self.num_envs} is no multiple of {needed}")
         if self.num_updates * self.update_epochs * self.num_minibatches >= 2**31:
             raise ValueError(f"--total-timesteps {self.total_timesteps} needs 2^31 gradient steps")
 
@@ -247,7 +228,7 @@ class Args:
 
 # ==== Environment: trials of several tasks behind `reset` and `step` ==============================
 class Timestep(NamedTuple):
-    """What N environments return. From `reset`: reset is True, rewards are zero."""
+    """What a step of N environments returns."""
 
     obs: jax.Array  # (N, O) what the agent sees next
     reset: jax.Array  # (N,) bool: obs is the first of a trial, where the memory starts anew
@@ -314,29 +295,24 @@ class ProjectedTask:
     the agent's of the same norm.
     """
 
-    def __init__(self, name, args):
+    def __init__(self, name, args, trials_end=True):
         import gymnax
 
-        self.task, self.args = TASKS[name], args
-        self.is_gymnax, self.ranges = self.task.env_id in gymnax.registered_envs, {}
+        self.task, self.args, self.trials_end = TASKS[name], args, trials_end
+        self.is_gymnax = self.task.env_id in gymnax.registered_envs
         if self.is_gymnax:
             self.env, params = gymnax.make(self.task.env_id)
-            given = self.task.params.items()
-            self.ranges = {field: x for field, x in given if isinstance(x, tuple)}
-            self.params = params.replace(**{k: x for k, x in given if k not in self.ranges})
-            space = self.env.action_space(self.params)
-            self.obs_size = len(self.task.seen) or self.env.observation_space(self.params).shape[0]
-            self.action_size = int(np.prod(space.shape))  # 1 for two discrete actions
+            self.params = params.replace(**self.task.params)
+            self.action_size = math.prod(self.env.action_space(self.params).shape)  # Discrete: 1
         else:
             with contextlib.redirect_stdout(None):  # brax complains of packages not needed here
                 from brax import envs
 
-            self.env = envs.get_environment(self.task.env_id, backend=args.brax_backend)
-            self.obs_size, self.action_size = self.env.observation_size, self.env.action_size
+            self.env = envs.get_environment(self.task.env_id, backend="spring")
+            self.action_size = self.env.action_size
+        self.obs_size = jax.eval_shape(self.start, jax.random.PRNGKey(0))[1].size
         if args.projected_obs_size < self.obs_size or args.projected_action_size < self.action_size:
-            raise ValueError(
-                f"{name} observes {self.obs_size} and takes {self.action_size} entries"
-            )
+            raise ValueError(f"{name} observes {self.obs_size}, takes {self.action_size} entries")
 
     # ---- one copy, unprojected
     def start(self, key):
@@ -345,7 +321,7 @@ class ProjectedTask:
             state = self.env.reset(key)
             return state, state.obs
         obs, state = self.env.reset_env(key, self.params)  # a body changes no start
-        return state, self.visible(obs)
+        return state, jnp.float32(obs[self.task.seen])
 
     def physics(self, key, state, action, body):
         """One step with action (a,) in [-1, 1]: state, observation (o,), reward, terminated."""
@@ -354,26 +330,19 @@ class ProjectedTask:
             return state, state.obs, state.reward, state.done > 0.5
         params = self.params.replace(**body)
         space = self.env.action_space(params)
-        if hasattr(space, "n"):
-            action = (action[0] > 0).astype(jnp.int32)
+        if hasattr(space, "n"):  # two discrete actions
+            action = jnp.int32(action[0] > 0)
         else:
-            low, high = space.low, space.high
-            action = (low + (action.reshape(space.shape) + 1) / 2 * (high - low)).astype(
-                jnp.float32
-            )
+            share = (action.reshape(space.shape) + 1) / 2
+            action = jnp.float32(space.low + share * (space.high - space.low))
         obs, state, reward, terminated, _ = self.env.step_env(key, state, action, params)
-        return state, self.visible(obs), jnp.float32(reward) * self.task.reward_scale, terminated
-
-    def visible(self, obs):
-        return (obs[jnp.array(self.task.seen)] if self.task.seen else obs).astype(jnp.float32)
+        reward = jnp.float32(reward) * self.task.reward_scale
+        return state, jnp.float32(obs[self.task.seen]), reward, terminated
 
     # ---- n copies
-    def draw_starts(self, key, n):
-        """Start states and observations. A pool, since a brax reset costs more than a step."""
-        return jax.vmap(self.start)(jax.random.split(key, n))
-
     def draw_trials(self, key, n) -> Trial:
-        obs_key, action_key, *body_keys = jax.random.split(key, 2 + len(self.ranges))
+        ranges = self.task.ranges
+        obs_key, action_key, *body_keys = jax.random.split(key, 2 + len(ranges))
         O, A = self.args.projected_obs_size, self.args.projected_action_size
         if self.args.projection:
             obs_matrix = random_orthonormal(obs_key, n, O, self.obs_size).mT
@@ -384,40 +353,43 @@ class ProjectedTask:
             action_matrix = jnp.tile(jnp.eye(A, self.action_size), (n, 1, 1))
         body = {
             field: jax.random.uniform(k, (n,), minval=low, maxval=high)
-            for k, (field, (low, high)) in zip(body_keys, self.ranges.items(), strict=True)
+            for k, (field, (low, high)) in zip(body_keys, ranges.items(), strict=True)
         }
         return Trial(obs_matrix, action_matrix, body)
 
     def agent_obs(self, obs, trial, action, reward, new_episode, new_trial):
-        """(n, O): projected observation, previous action and reward, new_episode, new_trial.
-
-        Previous action and reward are zero as a trial starts.
-        """
+        """(n, O): projected observation, last action and reward (zero as a trial starts), flags."""
         projected = jnp.einsum("no,noO->nO", jnp.arcsinh(obs), trial.obs_matrix)
         previous = jnp.concatenate([action, reward[:, None]], axis=1)
         previous = jnp.where(new_trial[:, None], 0.0, previous)
         flags = jnp.stack([new_episode, new_trial], axis=1)
         return jnp.concatenate([projected, previous, flags], axis=1)
 
-    def reset(self, key, n, staggered) -> tuple[EnvState, jax.Array]:
-        """State and obs (n, O). Staggered trials do not all end at the same step."""
+    def reset(self, key, n) -> tuple[EnvState, jax.Array]:
+        """State and obs (n, O). Trials that end do not all end at the same step."""
         start_key, trial_key, stagger_key = jax.random.split(key, 3)
-        inner, obs = starts = self.draw_starts(start_key, n)
-        trial, zeros, true = self.draw_trials(trial_key, n), jnp.zeros(n), jnp.ones(n, bool)
+        starts = jax.vmap(self.start)(jax.random.split(start_key, n))
+        progress = jax.random.randint(stagger_key, (n,), 0, self.args.trial_length)
+        zeros, true = jnp.zeros(n), jnp.ones(n, bool)
         state = EnvState(
-            inner=inner,
-            trial=trial,
+            inner=starts[0],
+            trial=self.draw_trials(trial_key, n),
             starts=starts,
-            progress=staggered * jax.random.randint(stagger_key, (n,), 0, self.args.trial_length),
+            progress=progress * self.trials_end,
             episode_length=zeros.astype(jnp.int32),
             episode_return=zeros,
             discounted_return=zeros,
         )
         action = jnp.zeros((n, self.args.projected_action_size))
-        return state, self.agent_obs(obs, trial, action, zeros, true, true)
+        return state, self.agent_obs(starts[1], state.trial, action, zeros, true, true)
 
-    def step(self, key, state: EnvState, action, spread, trials_end) -> tuple[EnvState, Timestep]:
-        """Steps n copies with action (n, A); episodes and, if trials_end, trials start anew."""
+    def redraw(self, key, state: EnvState) -> EnvState:
+        """New start states for a rollout: in brax, to draw one costs more than a step."""
+        starts = jax.vmap(self.start)(jax.random.split(key, len(state.progress)))
+        return state._replace(starts=starts)
+
+    def step(self, key, state: EnvState, action, spread) -> tuple[EnvState, Timestep]:
+        """Steps n copies with action (n, A); episodes and, if trials end, trials start anew."""
         n, no = len(action), jnp.zeros(len(action), bool)
         physics_key, start_key, trial_key = jax.random.split(key, 3)
         true_action = jnp.einsum("nA,nAa->na", action, state.trial.action_matrix)
@@ -433,7 +405,7 @@ class ProjectedTask:
         discounted_return = self.args.gamma * state.discounted_return + raw_reward
         ended = terminated | (episode_length >= self.task.episode_length)
         progress = state.progress + (ended if self.args.trial_unit == "episodes" else 1)
-        new_trial = trials_end & (progress >= self.args.trial_length)
+        new_trial = self.trials_end & (progress >= self.args.trial_length)
         done = ended | new_trial
         final_obs = self.agent_obs(obs, state.trial, action, reward, no, no)
 
@@ -456,10 +428,9 @@ class ProjectedTask:
             discounted_return=discounted_return,
             failed=failed,
         )
-        state = EnvState(
+        state = state._replace(
             inner=inner,
             trial=trial,
-            starts=state.starts,
             progress=jnp.where(new_trial, 0, progress),
             episode_length=jnp.where(done, 0, episode_length),
             episode_return=jnp.where(done, 0.0, episode_return),
@@ -475,30 +446,24 @@ class Environment:
     """
 
     def __init__(self, names, args, trials_end=True):
-        self.names, self.trials_end = names, trials_end
-        self.tasks = [ProjectedTask(name, args) for name in names]
+        self.names = names
+        self.tasks = [ProjectedTask(name, args, trials_end) for name in names]
 
     def reset(self, key, num_envs) -> tuple[tuple, jax.Array]:
         keys, n = jax.random.split(key, len(self.tasks)), num_envs // len(self.tasks)
-        parts = [
-            task.reset(k, n, self.trials_end) for task, k in zip(self.tasks, keys, strict=True)
-        ]
+        parts = [task.reset(k, n) for task, k in zip(self.tasks, keys, strict=True)]
         states, obs = zip(*parts, strict=True)
         return states, jnp.concatenate(obs)
 
     def redraw(self, key, states) -> tuple:
         """Gives every task new start states to draw from."""
         keys = jax.random.split(key, len(self.tasks))
-        parts = zip(self.tasks, keys, states, strict=True)
-        return tuple(
-            s._replace(starts=task.draw_starts(k, len(s.progress))) for task, k, s in parts
-        )
+        return tuple(map(ProjectedTask.redraw, self.tasks, keys, states))
 
     def step(self, key, states, action, spread) -> tuple[tuple, Timestep]:
         """Steps all N environments with action (N, A); spread (K,) divides each task's rewards."""
         keys, actions = jax.random.split(key, len(self.tasks)), jnp.split(action, len(self.tasks))
-        parts = zip(self.tasks, keys, states, actions, spread, strict=True)
-        parts = [task.step(k, state, a, s, self.trials_end) for task, k, state, a, s in parts]
+        parts = map(ProjectedTask.step, self.tasks, keys, states, actions, spread)
         states, timesteps = zip(*parts, strict=True)
         return states, jax.tree.map(lambda *x: jnp.concatenate(x), *timesteps)
 
@@ -624,10 +589,9 @@ class ActorCritic(nn.Module):
     """Encoder, sequence model, and heads for a Gaussian policy, value, and outcome of an action.
 
     What an action does shows in the change of observation and reward, and as a product: change
-    times action. Both are hard to come by: the change is a small difference of two outputs of the
-    encoder, the product unknown to sums and ReLUs. So the encoder is given the change, by a memory
-    of one step, as others put a shift before their state spaces (Fu et al. 2023), and its first
-    layer, like that of the heads, is a gated one (Shazeer 2020).
+    times action. Sums and ReLUs have neither at hand. So the encoder is given the change, by a
+    memory of one step like the shift of Fu et al. (2023), and its first layer, as that of the
+    heads, is a gated one (Shazeer 2020).
 
     carry: the last outcome (N, o + 1) and the sequence model's carry. Call with carry, obs (T, N,
     O), reset (T, N), and action (T, N, A), if a prediction is asked for; returns carry, the
@@ -862,8 +826,8 @@ def make_train(args, env):
             done=done,
             change=outcome_of(final_obs, args) - outcome_of(state.obs, args),
         )
-        reset = timestep.reset & args.reset_memory
-        state = state._replace(env_state=env_state, obs=timestep.obs, reset=reset, carry=carry)
+        obs, reset = timestep.obs, timestep.reset
+        state = state._replace(env_state=env_state, obs=obs, reset=reset, carry=carry)
         sums = jnp.stack([done, done * timestep.episode_return, timestep.failed])  # (3, N)
         return state, (transition, timestep.discounted_return, sums.reshape(3, K, -1).sum(2))
 
@@ -933,10 +897,8 @@ def run_trials(params, spread, key, wipe_episode, wipe_step, args, env):
     """
     network, num_envs = ActorCritic(args), len(env.names) * args.eval_trials
     reset_key, key = jax.random.split(key)
-    longest = max(task.task.episode_length for task in env.tasks)
-    num_steps = args.eval_trial_length * longest
-    if args.trial_unit == "steps":
-        num_steps = args.eval_trial_length + longest
+    length, longest = args.eval_trial_length, max(x.task.episode_length for x in env.tasks)
+    num_steps = length + longest if args.trial_unit == "steps" else length * longest
 
     def step(state, key):
         env_state, obs, new_trial, done, carry = state
@@ -964,45 +926,39 @@ def run_trials(params, spread, key, wipe_episode, wipe_step, args, env):
 
 
 def score_table(rewards, dones, names, args):
-    """Rows of adaptation.csv from raw rewards and ends of episodes, (memories, S, K, trials) each.
+    """adaptation.csv from raw rewards and ends of episodes, (memories, S, K, trials) each.
 
     Of each task and memory, mean score and 95 % interval over trials of each episode of the trial
-    and of the trial's second half. Episodes that begin after the trial's end do not count.
+    and, further down, of its second half. Episodes that begin after the trial's end do not count.
     """
-    rows, in_steps = [], args.trial_unit == "steps"
-    for (k, name), (m, memory) in product(enumerate(names), enumerate(MEMORIES)):
-        table = []  # of all episodes: which trial, which episode in it, in which half, score
-        for trial in range(rewards.shape[3]):
-            reward, borders = rewards[m, :, k, trial], np.flatnonzero(dones[m, :, k, trial]) + 1
-            for i, (start, end) in enumerate(pairwise([0, *borders])):
-                place = (start if in_steps else i) / args.eval_trial_length
-                if place < 1:
-                    episode_return = reward[start:end].sum(dtype=float)
-                    table.append((trial, i, place >= 0.5, score(episode_return, name)))
-        trial, index, late, scores = np.array(table).T
-        late = late == 1
-        samples = {i: scores[index == i] for i in range(int(index.max()) + 1)}
-        halves = [scores[late & (trial == i)].mean() for i in np.unique(trial[late])]
-        samples |= {"second half": np.array(halves)} if halves else {}  # else none began in it
-        for episode, sample in samples.items():
-            ci95 = 1.96 * sample.std() / np.sqrt(max(len(sample) - 1, 1))
-            row = {"task": name, "memory": memory, "episode": episode, "mean": sample.mean()}
-            rows.append(row | {"ci95": ci95, "trials": len(sample)})
-    return rows
+    episodes, in_steps = [], args.trial_unit == "steps"
+    for k, m, trial in np.ndindex(len(names), len(MEMORIES), rewards.shape[3]):
+        reward, borders = rewards[m, :, k, trial], np.flatnonzero(dones[m, :, k, trial]) + 1
+        for i, (start, end) in enumerate(pairwise([0, *borders])):
+            place = (start if in_steps else i) / args.eval_trial_length
+            if place < 1:
+                points = score(reward[start:end].sum(dtype=float), names[k])
+                episodes.append((names[k], MEMORIES[m], trial, i, place >= 0.5, points))
+    columns = ["task", "memory", "trial", "episode", "late", "score"]
+    episodes = pd.DataFrame(episodes, columns=columns)
+    late = episodes[episodes["late"]].groupby(columns[:3], sort=False, as_index=False)
+    halves = late["score"].mean().assign(episode="second half")
+    samples = pd.concat([episodes, halves]).groupby(["task", "memory", "episode"], sort=False)
+    table = samples["score"].agg(mean="mean", ci95="sem", trials="count").reset_index()
+    return table.assign(ci95=1.96 * table["ci95"].fillna(0.0))  # NaN where there is one trial
 
 
-def plot_adaptation(path, rows, args):
+def plot_adaptation(path, table, args):
     """Score against the episode of the trial: a panel a task."""
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(row["task"] for row in rows))
+    names, table = table["task"].unique(), table[table["episode"] != "second half"]
     figure = Figure(figsize=(3 * len(names) + 1, 3), layout="constrained")
     axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for (ax, name), memory in product(zip(axes, names, strict=True), MEMORIES):
-        mine = [r for r in rows if (r["task"], r["memory"]) == (name, memory)]
-        mine = [r for r in mine if r["episode"] != "second half"]
-        mine = [r for r in mine if r["trials"] > mine[0]["trials"] / 2]  # not the stragglers' last
-        x, mean, width = np.array([(r["episode"], r["mean"], r["ci95"]) for r in mine]).T
+        rows = table[(table["task"] == name) & (table["memory"] == memory)]
+        rows = rows[rows["trials"] > rows["trials"].max() / 2]  # not the stragglers' last
+        x, mean, width = rows[["episode", "mean", "ci95"]].to_numpy(float).T
         ax.plot(x, mean, label=f"memory {memory}")
         ax.fill_between(x, mean - width, mean + width, alpha=0.2, linewidth=0)
         held_out = " (held out)" if name in args.held_out_tasks else ""
@@ -1024,19 +980,18 @@ def report(run_dir, state, keys, timing, args, env):
     outcome = jax.tree.map(np.asarray, run_all(state.params, spread, keys, *wipes))
     shape = *outcome[0].shape[:3], len(env.names), args.eval_trials
     rewards, dones = (np.concatenate(x.reshape(shape), axis=-1) for x in outcome)
-    rows = score_table(rewards, dones, env.names, args)
-    lines = [",".join(map(str, row)) for row in (rows[0], *(row.values() for row in rows))]
-    write(run_dir / "adaptation.csv", "\n".join([*lines, ""]).encode())
-    plot_adaptation(run_dir / "adaptation.png", rows, args)
-    half = [row for row in rows if row["episode"] == "second half"]
-    write(run_dir / "eval.json", json.dumps({"second_half": half} | timing, indent=2).encode())
-    print("score in the second half of trials: 0 random or idle, 1 specialist; 95 % over trials")
-    print(f"{'memory':26}", *(f"{memory:>20}" for memory in MEMORIES))
-    for name in env.names:
-        mine = [row for row in half if row["task"] == name]
-        cells = {r["memory"]: f"{r['mean']:.2f} +- {r['ci95']:.2f}" for r in mine}
-        held_out = "held out" * (name in args.held_out_tasks)
-        print(f"{name:26}", *(f"{cells.get(x, '-'):>20}" for x in MEMORIES), held_out)
+
+    table = score_table(rewards, dones, env.names, args)
+    write(run_dir / "adaptation.csv", table.to_csv(index=False).encode())
+    plot_adaptation(run_dir / "adaptation.png", table, args)
+    half = table[table["episode"] == "second half"].copy()
+    results = {"second_half": half.to_dict("records")} | timing
+    write(run_dir / "eval.json", json.dumps(results, indent=2).encode())
+    half["score"] = half["mean"].map("{:.2f} +- ".format) + half["ci95"].map("{:.2f}".format)
+    half = half.pivot(index="task", columns="memory", values="score").reindex(env.names)
+    half[""] = np.where(half.index.isin(args.held_out_tasks), "held out", "")
+    print("second half of trials, score by memory: 0 random or idle, 1 specialist; +- is 95 %")
+    print(half.to_string(na_rep="-", index_names=False))
 
 
 # ==== Run directory ===============================================================================

@@ -61,11 +61,10 @@ def raw_step(name):
 
         return brax_step
     raw, params = gymnax.make(task.env_id)
-    fixed = {field: x for field, x in task.params.items() if not isinstance(x, tuple)}
     scale, seen = GYMNAX[BASE.get(name, name)]
 
     def gymnax_step(state, action, body):
-        here = params.replace(**fixed, **body)
+        here = params.replace(**task.params, **body)
         obs, state, reward, end, _ = raw.step_env(KEY, state, scale(action), here)
         return obs[jnp.array(seen)], state, reward, end
 
@@ -220,11 +219,12 @@ def test_episodes_end_with_the_task_a_limit_or_the_trial_and_only_the_trial_rese
 def test_trials_start_staggered_if_asked_and_a_redraw_renews_the_start_states_only():
     args = Args(**SIZES, **TRIALS["two copies"], train_tasks=("pendulum",), projection=False)
     env, key, n = Environment(args.train_tasks, args), KEY, 1000
+    at_once = ProjectedTask("pendulum", args, trials_end=False)
 
     @jax.jit
     def run():
         (old,), _ = env.reset(key, n)
-        return env.tasks[0].reset(key, n, False)[0], old, env.redraw(key, (old,))[0]
+        return at_once.reset(key, n)[0], old, env.redraw(key, (old,))[0]
 
     together, old, new = run()
     assert not together.progress.any()
@@ -264,7 +264,7 @@ def test_every_trial_of_every_copy_has_its_own_matrices_and_body_and_keeps_them(
             drawn = x[task.trial_began].reshape(task.trial_began.sum(), -1)
             assert len(np.unique(drawn.round(5), axis=0)) == len(drawn) > 5
         for field, x in trial.body.items():
-            low, high = TASKS[task.name].params[field]
+            low, high = TASKS[task.name].ranges[field]
             assert low <= x.min() < 0.7 * low + 0.3 * high < 0.3 * low + 0.7 * high < x.max() < high
         o, a = trial.obs_matrix.shape[2], trial.action_matrix.shape[3]
         assert_close(
@@ -330,7 +330,9 @@ def test_as_many_matrices_as_a_suite_needs_are_drawn_at_once_on_few_cores():
 @pytest.fixture(scope="module")
 def made_up():
     """A step of a task whose observation is the action that it got; the physics of three fails."""
-    task = ProjectedTask("point-robot", Args(**SIZES | {"projected_action_size": 5}))
+    task = ProjectedTask(
+        "point-robot", Args(**SIZES | {"projected_action_size": 5}), trials_end=False
+    )
     rng, n = np.random.default_rng(0), 100
     wanted = rng.uniform(-3, 3, (n, 2)).astype(np.float32)
     wanted[:4] = [[1, 1], [1, -1], [-1, 1], [-1, -1]]
@@ -345,10 +347,10 @@ def made_up():
 
     @jax.jit
     def run(key):
-        state, _ = task.reset(key, n, False)
+        state, _ = task.reset(key, n)
         action = jnp.einsum("nAa,na->nA", state.trial.action_matrix, wanted)
         state = state._replace(inner=jnp.arange(n))
-        return state.trial, action, task.step(key, state, action, 1.0, False)[1]
+        return state.trial, action, task.step(key, state, action, 1.0)[1]
 
     return wanted, *jax.tree.map(np.asarray, run(KEY))
 
@@ -471,14 +473,14 @@ def test_the_tables_name_known_tasks_and_hold_some_out():
         names = suite.train_tasks + suite.held_out_tasks
         assert set(names) <= set(TASKS)
         assert suite.trial_unit in ("steps", "episodes")
-        physics = [(TASKS[name].env_id, str(TASKS[name].params)) for name in names]
+        physics = [(x.env_id, str(x.params | x.ranges)) for x in map(TASKS.get, names)]
         assert len(set(physics)) == len(physics)  # nor is one held out under another name
     assert all(SUITES[name].held_out_tasks for name in ("classic", "bodies", "locomotion"))
 
 
 def test_the_pendulum_held_out_is_outside_of_the_drawn_ones():
     """All that moves Pendulum-v1 is g / l and 1 / (m l^2), and its reward knows neither."""
-    g, m = (TASKS["pendulum-bodies"].params[name] for name in ("g", "m"))
+    g, m = (TASKS["pendulum-bodies"].ranges[name] for name in ("g", "m"))
     length = TASKS["pendulum-long"].params["l"]
     assert 10 / length < g[0] and 1 / length**2 < 1 / m[1]  # g is 10 and m is 1 by default
     assert "pendulum-long" in SUITES["bodies"].held_out_tasks
@@ -508,10 +510,8 @@ def test_every_task_of_a_suite_fits_into_its_sizes(suites):
                 ):
                     ProjectedTask(name, small)
             if task.is_gymnax or suite == "locomotion":  # to trace those of brax takes long
-                state, obs = jax.eval_shape(lambda key, t=task: t.reset(key, 3, True), KEY)
+                state, obs = jax.eval_shape(lambda key, t=task: t.reset(key, 3), KEY)
                 action = jnp.zeros((3, sizes[1]))
-                _, now = jax.eval_shape(
-                    lambda *x, t=task: t.step(*x, 1.0, True), KEY, state, action
-                )
+                _, now = jax.eval_shape(lambda *x, t=task: t.step(*x, 1.0), KEY, state, action)
                 assert obs.shape == now.obs.shape == (3, sum(sizes) + 3)
     assert len(seen) >= 7
