@@ -62,7 +62,7 @@ class Args:
     seed: int = 0  # first seed; the others follow, SEED + 1 ...
     num_seeds: int = 1  # independent seeds, trained side by side
     num_devices: int = 1  # GPUs, or other devices of JAX, that share each seed's environments
-    total_timesteps: int = 500_000  # steps of a seed, rounded up to whole log intervals
+    total_timesteps: int | None = None  # steps of a seed, at least; None: 4,000 x MEMORY_LENGTH
     log_interval: int = 10  # updates in one jitted call, and in one row of metrics.csv
     checkpoint_interval: int = 60  # seconds between saves, of metrics too; the end is always saved
     resume: Path | None = None  # run directory to go on with; flags given beside it replace its own
@@ -72,7 +72,7 @@ class Args:
     # ---- task
     env_id: str = "MemoryChain-bsuite"  # gymnax environment: flat Box observation, Discrete actions
     memory_length: int = 128  # longest memory trained: the step, from 0, that asks for the cue
-    min_memory_length: int = 4  # shortest; environments are spread between the two
+    min_memory_length: int = 4  # shortest; every episode draws its own, between the two
     observe_action: bool = False  # show the last action: in MemoryChain it can carry the cue on
     env_params: dict[str, float] = field(default_factory=dict)  # other EnvParams: NAME VALUE ...
     eval_episodes: int = 128  # greedy episodes of each seed in the evaluation at the end
@@ -91,7 +91,7 @@ class Args:
 
     # ---- PPO
     num_envs: int = 32  # N, parallel environments
-    num_steps: int = 256  # T, steps of a rollout; gradients reach back this far and no further
+    num_steps: int | None = None  # T, of a rollout; gradients reach so far; None: 2 MEMORY_LENGTH
     num_minibatches: int = 4  # minibatches of a pass over the rollout, each of whole environments
     update_epochs: int = 4  # passes over each rollout
     learning_rate: float = 1e-3  # step size of Adam
@@ -104,6 +104,10 @@ class Args:
     max_grad_norm: float = 0.5  # global norm the gradient is clipped to
 
     def __post_init__(self):  # tyro prints what it raises
+        if self.total_timesteps is None:
+            self.total_timesteps = 4_000 * self.memory_length
+        if self.num_steps is None:
+            self.num_steps = 2 * self.memory_length
         sizes = "num_seeds num_devices log_interval memory_length min_memory_length eval_episodes "
         for name in (sizes + "num_envs num_steps num_minibatches update_epochs").split():
             if getattr(self, name) < 1:
@@ -169,15 +173,19 @@ class Environment:
         previous = jnp.where(reset[:, None], 0.0, previous)
         return jnp.concatenate([obs, previous, reset[:, None]], axis=1).astype(jnp.float32)
 
+    def draw_lengths(self, key, num_envs):
+        """Memory lengths (N,) of episodes, from short ones, which teach the long ones, to long."""
+        longest = self.args.memory_length
+        shortest = min(self.args.min_memory_length, longest)
+        share = jnp.sqrt(jax.random.uniform(key, (num_envs,)))  # the root: more long than short
+        return (shortest * (longest / shortest) ** share).round().astype(jnp.int32)
+
     def reset(self, key, num_envs, memory_length=None):
-        """State and obs (N, O). memory_length: that of all environments; None spreads them."""
+        """State and obs (N, O). memory_length: that of the first episodes; None draws them."""
         params = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_envs, *jnp.shape(x))), self.params)
         if self.is_memory_chain:
-            if memory_length is None:  # evenly on a log scale: short questions teach the long ones
-                longest = self.args.memory_length
-                shortest = min(self.args.min_memory_length, longest)
-                memory_length = np.geomspace(longest, shortest, num_envs).round().astype(np.int32)
-            params = params.replace(memory_length=jnp.broadcast_to(memory_length, (num_envs,)))
+            length = self.draw_lengths(key, num_envs) if memory_length is None else memory_length
+            params = params.replace(memory_length=jnp.broadcast_to(length, (num_envs,)))
         obs, inner = jax.vmap(self.env.reset)(jax.random.split(key, num_envs), params)
         none, true = jnp.zeros(num_envs, jnp.int32), jnp.ones(num_envs, bool)
         return (inner, params), self.agent_obs(obs, none, none, true)
@@ -188,6 +196,9 @@ class Environment:
         step = jax.vmap(self.env.step)
         obs, inner, reward, terminated, truncated, info = step(keys, inner, action, params)
         reward, done = reward.astype(jnp.float32), terminated | truncated
+        if self.is_memory_chain:
+            length = jnp.where(done, self.draw_lengths(key, len(done)), params.memory_length)
+            params = params.replace(memory_length=length)
         return (inner, params), Timestep(
             obs=self.agent_obs(obs, action, reward, done),
             reward=reward,
@@ -502,19 +513,16 @@ def make_train(args, env):
         unexplained = (target - batch.value).var() / (target.var() + 1e-8)
         losses["losses/explained_variance"] = 1 - unexplained
         state = state._replace(params=params, opt_state=opt_state, actor=actor, key=key)
-        episodes = batch.done.sum(0), returns.sum(0)  # (N,) each
+        episodes = jnp.stack([batch.done.sum(), returns.sum()])
         return state._replace(num_updates=state.num_updates + 1), (losses, episodes)
 
     def train(state):
-        """log_interval updates. Metrics are means over them, and over environments."""
-        state, (losses, (count, returns)) = jax.lax.scan(update, state, length=args.log_interval)
-        count, returns = count.sum(0), returns.sum(0)  # (N,)
-        # A mean of each environment first, so that no memory length counts more than another.
-        sums = jnp.stack([jnp.nansum(returns / count), (count > 0).sum(), count.sum()])
-        total, seen, episodes = jax.lax.psum(sums, "devices")
+        """log_interval updates. Losses are means over them, the return one over whole episodes."""
+        state, (losses, episodes) = jax.lax.scan(update, state, length=args.log_interval)
         metrics = jax.lax.pmean(jax.tree.map(jnp.mean, losses), "devices")
-        ended = {"charts/episodic_return": total / seen, "charts/episodes": episodes}
-        return state, metrics | ended
+        count, returns = jax.lax.psum(episodes.sum(0), "devices")
+        metrics |= {"charts/episodic_return": returns / count, "charts/episodes": count}
+        return state, metrics  # the return is NaN where no episode ended
 
     copied, split = jax.P(), jax.P("devices")
     specs = TrainState(params=copied, opt_state=copied, actor=split, key=copied, num_updates=copied)

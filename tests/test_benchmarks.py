@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import ablations
 import adaptation
 import common
+import compose
 import foresight
 import memory_length
 import reference_scores
@@ -284,3 +286,41 @@ def test_a_compared_layer_is_trained():
     function, inputs = s5_layer.compile_layer(s5_layer.SCANS["associative"], 8)
     moved = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), function(*inputs), inputs)
     assert max(jax.tree.leaves(moved)) > 1e-7
+
+
+# ---- every model on every task
+OF_MODEL = {"s5_ppo_memory": "state_size", "lstm_ppo": "hidden_size", "transformer_ppo": "key_size"}
+
+
+@pytest.mark.parametrize("task", ["s5_ppo_meta", "s5_ppo_memory"])
+@pytest.mark.parametrize("model", ["lstm_ppo", "transformer_ppo"])
+def test_a_composed_script_has_the_model_and_the_task_and_acts_as_it_learns(tmp_path, model, task):
+    """With one gradient step on each rollout the policy that learns is the one that acted."""
+    path = tmp_path / f"{model}_of_{task}.py"
+    path.write_text(
+        compose.compose(*((common.ROOT / f"{x}.py").read_text() for x in (model, task)))
+    )
+    subprocess.run([sys.executable, "-m", "ruff", "check", "-q", path], check=True)
+    subprocess.run([sys.executable, "-m", "ruff", "format", "--check", "-q", path], check=True)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    flags = {flag: SMALL[flag] for flag in SMALL if flag != "state_size"} | {"num_minibatches": 1}
+    flags |= {"log_interval": 2, "num_layers": 1, OF_MODEL[model]: 6}
+    args = script.Args(**flags)
+    assert not hasattr(args, "state_size")
+    tasks = [args.train_tasks] if task == "s5_ppo_meta" else []
+    init, train = script.make_train(args, script.Environment(*tasks, args))
+    state = jax.jit(init)(jax.random.PRNGKey(0))
+    assert len(jax.tree.leaves(state.params)) > 10
+    state, metrics = jax.jit(train)(state)
+    assert abs(float(metrics["losses/approx_kl"])) < 1e-6 and int(state.num_updates) == 2
+
+
+def test_composing_a_script_with_its_own_model_changes_nothing():
+    text = (common.ROOT / "s5_ppo_meta.py").read_text()
+    assert compose.compose(text, text) == text
+    lstm, ours = ((common.ROOT / f"{x}.py").read_text() for x in ("lstm_ppo", "s5_ppo_memory"))
+    there = compose.compose(lstm, ours)
+    assert compose.compose(ours, there) == ours
