@@ -77,7 +77,7 @@ class Args:
     num_layers: int = 2  # LSTM blocks; 0 is the network without memory
     d_model: int = 64  # D, width of the blocks
     hidden_size: int = 28  # H, units of a block's LSTM; 28: as many parameters as S5, within 10 %
-    max_timescale: float = 2000.0  # forget and input gates begin with time scales of 2 to this
+    max_timescale: float | None = None  # gates begin with 2 to this; None: 20 x MEMORY_LENGTH
 
     # ---- actor and critic
     encoder_size: int = 128  # hidden units of the observation encoder
@@ -102,6 +102,8 @@ class Args:
             self.total_timesteps = 4_000 * self.memory_length
         if self.num_steps is None:
             self.num_steps = 2 * self.memory_length
+        if self.max_timescale is None:
+            self.max_timescale = 20 * self.memory_length
         sizes = "num_seeds num_devices log_interval memory_length min_memory_length eval_episodes "
         for name in (sizes + "num_envs num_steps num_minibatches update_epochs").split():
             if getattr(self, name) < 1:
@@ -281,11 +283,12 @@ class ActorCritic(nn.Module):
     def __call__(self, carry, obs, reset):
         T, N, O = obs.shape
 
-        def dense(x, size, scale=np.sqrt(2)):
-            return nn.Dense(size, kernel_init=nn.initializers.orthogonal(scale))(x)
+        def dense(x, size, scale=np.sqrt(2), use_bias=True):
+            return nn.Dense(size, use_bias, kernel_init=nn.initializers.orthogonal(scale))(x)
 
-        x = nn.relu(dense(obs.reshape(T * N, O), self.args.encoder_size))
-        x = nn.relu(dense(x, self.args.d_model)).reshape(T, N, self.args.d_model)
+        # Without biases: a constant would add up in a memory that does not forget.
+        x = nn.relu(dense(obs.reshape(T * N, O), self.args.encoder_size, use_bias=False))
+        x = nn.relu(dense(x, self.args.d_model, use_bias=False)).reshape(T, N, -1)
         carry, x = SequenceModel(self.args)(carry, x, reset)
         x = x.reshape(T * N, self.args.d_model)
 
@@ -346,7 +349,8 @@ def ppo_loss(params, network, carry, batch, advantage, target, args):
     batch: Transition (T, M); carry: the memory, leading axis M, that the rollout began with;
     advantage, target (T, M). Returns the scalar loss and a dict of scalars to log.
     """
-    _, logits, value = network.apply(params, carry, batch.obs, batch.reset)
+    inputs = params, carry, batch.obs, batch.reset
+    (_, logits, value), sown = network.apply(*inputs, mutable="intermediates")
     log_p = jax.nn.log_softmax(logits)
     log_prob = jnp.take_along_axis(log_p, batch.action[..., None], axis=-1)[..., 0]
     entropy = -(jnp.exp(log_p) * log_p).sum(-1).mean()
@@ -357,7 +361,7 @@ def ppo_loss(params, network, carry, batch, advantage, target, args):
     policy_loss = -jnp.minimum(ratio * advantage, clipped * advantage).mean()
     value_loss = 0.5 * jnp.square(value - target).mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-    return loss, {
+    return loss + sum(jax.tree.leaves(sown)), {  # sown: the sequence model's penalties
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,

@@ -81,8 +81,11 @@ class Args:
     num_layers: int = 2  # S5 blocks; 0 is the network without memory
     d_model: int = 64  # D, width of the blocks
     state_size: int = 32  # P, complex states of a block
-    dt_min: float = 0.001  # smallest initial time step; the slowest states last 2 / DT_MIN steps
+    dt_min: float | None = None  # smallest initial time step; None: 0.1 / MEMORY_LENGTH
     dt_max: float = 0.1  # largest initial time step
+    frequency_scale: float = 0.0  # times HiPPO's frequencies; 0: states decay, but do not turn
+    layer_norm: bool = False  # normalise what each block sees
+    state_coef: float = 0.3  # weight of the states' mean square in the loss
     zoh: bool = False  # scale the input by zero-order hold, as the paper does, not to unit variance
 
     # ---- actor and critic
@@ -108,6 +111,8 @@ class Args:
             self.total_timesteps = 4_000 * self.memory_length
         if self.num_steps is None:
             self.num_steps = 2 * self.memory_length
+        if self.dt_min is None:  # the slowest states last 20 times as long as the longest memory
+            self.dt_min = 0.1 / self.memory_length
         sizes = "num_seeds num_devices log_interval memory_length min_memory_length eval_episodes "
         for name in (sizes + "num_envs num_steps num_minibatches update_epochs").split():
             if getattr(self, name) < 1:
@@ -261,6 +266,7 @@ class S5(nn.Module):
     def __call__(self, state, u, reset):
         (T, N, D), P = u.shape, self.args.state_size
         hippo, vectors = hippo_normal(P)
+        frequency = self.args.frequency_scale * hippo.imag
 
         # B and C start real and are turned into the eigenbasis. They are stored as real matrices,
         # for one product on each side of the scan, and since optax expects real gradients.
@@ -274,7 +280,7 @@ class S5(nn.Module):
 
         # The real part of Lambda is minus an exponential: no step can make the layer unstable.
         log_decay = self.param("log_decay", lambda _: jnp.asarray(np.log(-hippo.real), jnp.float32))
-        frequency = self.param("frequency", lambda _: jnp.asarray(hippo.imag, jnp.float32))
+        frequency = self.param("frequency", lambda _: jnp.asarray(frequency, jnp.float32))
         b, c = self.param("B", init_b), self.param("C", init_c)
         d = self.param("D", nn.initializers.normal(1.0), (D,))
         span = {"minval": np.log(self.args.dt_min), "maxval": np.log(self.args.dt_max)}
@@ -292,6 +298,9 @@ class S5(nn.Module):
         bu = u @ jnp.concatenate([b_bar.real, b_bar.imag], axis=1)  # (T N, 2P)
         bu = jax.lax.complex(bu[:, :P], bu[:, P:]).reshape(T, N, P)
         states = s5_scan(a_bar, bu, reset, state)
+        # If size costs nothing, slow states gather a little of every step and drown what they keep.
+        size = jnp.square(jnp.abs(states)).mean()
+        self.sow("intermediates", "penalty", self.args.state_coef * size)
         x = states.reshape(T * N, P)
         y = 2 * jnp.concatenate([x.real, x.imag], axis=1) @ c + d * u  # (T N, D)
         return states[-1], y.reshape(T, N, D)
@@ -311,7 +320,8 @@ class SequenceModel(nn.Module):
         T, N, D = x.shape
         next_carry = []
         for state in carry:  # one a block
-            state, y = S5(self.args)(state, nn.LayerNorm()(x), reset)
+            u = nn.LayerNorm()(x) if self.args.layer_norm else x
+            state, y = S5(self.args)(state, u, reset)
             y = nn.gelu(y).reshape(T * N, D)
             x = x + (y * nn.sigmoid(nn.Dense(D)(y))).reshape(T, N, D)
             next_carry.append(state)
@@ -332,11 +342,12 @@ class ActorCritic(nn.Module):
     def __call__(self, carry, obs, reset):
         T, N, O = obs.shape
 
-        def dense(x, size, scale=np.sqrt(2)):
-            return nn.Dense(size, kernel_init=nn.initializers.orthogonal(scale))(x)
+        def dense(x, size, scale=np.sqrt(2), use_bias=True):
+            return nn.Dense(size, use_bias, kernel_init=nn.initializers.orthogonal(scale))(x)
 
-        x = nn.relu(dense(obs.reshape(T * N, O), self.args.encoder_size))
-        x = nn.relu(dense(x, self.args.d_model)).reshape(T, N, self.args.d_model)
+        # Without biases: a constant would add up in a memory that does not forget.
+        x = nn.relu(dense(obs.reshape(T * N, O), self.args.encoder_size, use_bias=False))
+        x = nn.relu(dense(x, self.args.d_model, use_bias=False)).reshape(T, N, -1)
         carry, x = SequenceModel(self.args)(carry, x, reset)
         x = x.reshape(T * N, self.args.d_model)
 
@@ -397,7 +408,8 @@ def ppo_loss(params, network, carry, batch, advantage, target, args):
     batch: Transition (T, M); carry: the memory, leading axis M, that the rollout began with;
     advantage, target (T, M). Returns the scalar loss and a dict of scalars to log.
     """
-    _, logits, value = network.apply(params, carry, batch.obs, batch.reset)
+    inputs = params, carry, batch.obs, batch.reset
+    (_, logits, value), sown = network.apply(*inputs, mutable="intermediates")
     log_p = jax.nn.log_softmax(logits)
     log_prob = jnp.take_along_axis(log_p, batch.action[..., None], axis=-1)[..., 0]
     entropy = -(jnp.exp(log_p) * log_p).sum(-1).mean()
@@ -408,7 +420,7 @@ def ppo_loss(params, network, carry, batch, advantage, target, args):
     policy_loss = -jnp.minimum(ratio * advantage, clipped * advantage).mean()
     value_loss = 0.5 * jnp.square(value - target).mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-    return loss, {
+    return loss + sum(jax.tree.leaves(sown)), {  # sown: the sequence model's penalties
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,

@@ -175,6 +175,9 @@ class Args:
     state_size: int = 32  # P, complex states of a block
     dt_min: float = 0.001  # smallest initial time step; the slowest states last 2 / DT_MIN steps
     dt_max: float = 2.0  # largest initial time step; the fastest states last 2 / DT_MAX steps
+    frequency_scale: float = 1.0  # times HiPPO's frequencies; 0: states decay, but do not turn
+    layer_norm: bool = True  # normalise what each block sees
+    state_coef: float = 0.0  # weight of the states' mean square in the loss
     zoh: bool = False  # scale the input by zero-order hold, as the paper does, not to unit variance
 
     # ---- actor and critic
@@ -518,6 +521,7 @@ class S5(nn.Module):
     def __call__(self, state, u, reset):
         (T, N, D), P = u.shape, self.args.state_size
         hippo, vectors = hippo_normal(P)
+        frequency = self.args.frequency_scale * hippo.imag
 
         # B and C start real and are turned into the eigenbasis. They are stored as real matrices,
         # for one product on each side of the scan, and since optax expects real gradients.
@@ -531,7 +535,7 @@ class S5(nn.Module):
 
         # The real part of Lambda is minus an exponential: no step can make the layer unstable.
         log_decay = self.param("log_decay", lambda _: jnp.asarray(np.log(-hippo.real), jnp.float32))
-        frequency = self.param("frequency", lambda _: jnp.asarray(hippo.imag, jnp.float32))
+        frequency = self.param("frequency", lambda _: jnp.asarray(frequency, jnp.float32))
         b, c = self.param("B", init_b), self.param("C", init_c)
         d = self.param("D", nn.initializers.normal(1.0), (D,))
         span = {"minval": np.log(self.args.dt_min), "maxval": np.log(self.args.dt_max)}
@@ -549,6 +553,9 @@ class S5(nn.Module):
         bu = u @ jnp.concatenate([b_bar.real, b_bar.imag], axis=1)  # (T N, 2P)
         bu = jax.lax.complex(bu[:, :P], bu[:, P:]).reshape(T, N, P)
         states = s5_scan(a_bar, bu, reset, state)
+        # If size costs nothing, slow states gather a little of every step and drown what they keep.
+        size = jnp.square(jnp.abs(states)).mean()
+        self.sow("intermediates", "penalty", self.args.state_coef * size)
         x = states.reshape(T * N, P)
         y = 2 * jnp.concatenate([x.real, x.imag], axis=1) @ c + d * u  # (T N, D)
         return states[-1], y.reshape(T, N, D)
@@ -568,7 +575,8 @@ class SequenceModel(nn.Module):
         T, N, D = x.shape
         next_carry = []
         for state in carry:  # one a block
-            state, y = S5(self.args)(state, nn.LayerNorm()(x), reset)
+            u = nn.LayerNorm()(x) if self.args.layer_norm else x
+            state, y = S5(self.args)(state, u, reset)
             y = nn.gelu(y).reshape(T * N, D)
             x = x + (y * nn.sigmoid(nn.Dense(D)(y))).reshape(T, N, D)
             next_carry.append(state)
@@ -709,9 +717,8 @@ def ppo_loss(params, network, carry, batch, advantage, target, args):
     batch: Transition (T, M); carry: the memory, leading axis M, that the rollout began with;
     advantage, target (T, M). Returns the scalar loss and a dict of scalars to log.
     """
-    _, policy, value, prediction = network.apply(
-        params, carry, batch.obs, batch.reset, batch.action
-    )
+    inputs = params, carry, batch.obs, batch.reset, batch.action
+    (_, policy, value, prediction), sown = network.apply(*inputs, mutable="intermediates")
     log_prob, entropy = gaussian(policy, batch.action)
     log_ratio = log_prob - batch.log_prob
     ratio = jnp.exp(log_ratio)
@@ -721,7 +728,8 @@ def ppo_loss(params, network, carry, batch, advantage, target, args):
     value_loss = 0.5 * jnp.square(value - target).mean()
     prediction_loss = jnp.square(prediction - batch.change).mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy.mean()
-    return loss + args.prediction_coef * prediction_loss, {
+    loss += args.prediction_coef * prediction_loss
+    return loss + sum(jax.tree.leaves(sown)), {  # sown: the sequence model's penalties
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
         "losses/prediction_loss": prediction_loss,

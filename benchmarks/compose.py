@@ -15,6 +15,8 @@ from pathlib import Path
 
 SECTION = re.compile(r"# ==== Sequence model.*?(?=\n# ==== )", re.DOTALL)
 FLAGS = re.compile(r"    # ---- sequence model\n(.*?)\n\n", re.DOTALL)
+# What a memory script derives from its memory length, where the task has none.
+DEFAULTS = {"dt_min": "0.001", "max_timescale": "2000.0", "context_length": "256"}
 FLAG = re.compile(r"    (\w+): (.+?) = (.+?)  (# .+)")
 
 
@@ -30,14 +32,19 @@ def checks(script, flags):
 def compose(model, task):
     """The text of script `task` with the sequence model of script `model`."""
     new, old = (dict((m[1], m) for m in FLAG.finditer(FLAGS.search(x)[0])) for x in (model, task))
-    lines = [
-        f"    {name}: {flag[2]} = {old.get(name, flag)[3]}  {flag[4]}" for name, flag in new.items()
-    ]
     for text in checks(task, old.keys() - new.keys()):
         task = task.replace(text, "")
-    last = "        if self.num_updates * self.update_epochs"  # the last check, in every script
-    task = task.replace(last, "".join(checks(model, new.keys() - old.keys())) + last)
-    task = FLAGS.sub(lambda _: "    # ---- sequence model\n" + "\n".join(lines) + "\n\n", task)
+    added, defaults = checks(model, new.keys() - old.keys()), {}
+    if "self.memory_length" not in task:
+        added, defaults = [text for text in added if "memory_length" not in text], DEFAULTS
+    lines = ["    # ---- sequence model"]
+    for name, flag in new.items():
+        default = old[name][3] if name in old else defaults.get(name, flag[3])
+        kind = flag[2] if default == "None" else flag[2].removesuffix(" | None")
+        lines.append(f"    {name}: {kind} = {default}  {flag[4]}")
+    sizes = "        sizes = "  # with which the checks begin, in every script
+    task = task.replace(sizes, "".join(added) + sizes)
+    task = FLAGS.sub(lambda _: "\n".join(lines) + "\n\n", task)
     return SECTION.sub(lambda _: SECTION.search(model)[0], task)
 
 
