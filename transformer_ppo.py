@@ -105,8 +105,6 @@ class Args:
             self.total_timesteps = 4_000 * self.memory_length
         if self.num_steps is None:
             self.num_steps = 2 * self.memory_length
-        if self.context_length is None:
-            self.context_length = 2 * self.memory_length
         sizes = "num_seeds num_devices log_interval memory_length min_memory_length eval_episodes "
         for name in (sizes + "num_envs num_steps num_minibatches update_epochs").split():
             if getattr(self, name) < 1:
@@ -115,6 +113,8 @@ class Args:
             raise ValueError("--num-envs is no multiple of --num-minibatches x --num-devices")
         if self.num_updates * self.update_epochs * self.num_minibatches >= 2**31:
             raise ValueError(f"--total-timesteps {self.total_timesteps} needs 2^31 gradient steps")
+        if self.context_length is None:
+            self.context_length = 2 * self.memory_length
         if self.key_size % 2:
             raise ValueError(f"--key-size {self.key_size} is odd, and positions turn pairs")
 
@@ -183,22 +183,26 @@ class Environment:
 
     def reset(self, key, num_envs, memory_length=None):
         """State and obs (N, O). memory_length: that of the first episodes; None draws them."""
+        length_key, key = jax.random.split(key)
         params = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_envs, *jnp.shape(x))), self.params)
         if self.is_memory_chain:
-            length = self.draw_lengths(key, num_envs) if memory_length is None else memory_length
-            params = params.replace(memory_length=jnp.broadcast_to(length, (num_envs,)))
+            drawn = self.draw_lengths(length_key, num_envs)
+            length = drawn if memory_length is None else jnp.full(num_envs, memory_length)
+            params = params.replace(memory_length=length)
         obs, inner = jax.vmap(self.env.reset)(jax.random.split(key, num_envs), params)
         none, true = jnp.zeros(num_envs, jnp.int32), jnp.ones(num_envs, bool)
         return (inner, params), self.agent_obs(obs, none, none, true)
 
     def step(self, key, state, action):
         """Steps all N environments with action (N,) int32; those that end start anew."""
-        (inner, params), keys = state, jax.random.split(key, len(action))
+        (inner, params), (length_key, key) = state, jax.random.split(key)
+        keys = jax.random.split(key, len(action))
         step = jax.vmap(self.env.step)
         obs, inner, reward, terminated, truncated, info = step(keys, inner, action, params)
         reward, done = reward.astype(jnp.float32), terminated | truncated
         if self.is_memory_chain:
-            length = jnp.where(done, self.draw_lengths(key, len(done)), params.memory_length)
+            drawn = self.draw_lengths(length_key, len(done))
+            length = jnp.where(done, drawn, params.memory_length)
             params = params.replace(memory_length=length)
         return (inner, params), Timestep(
             obs=self.agent_obs(obs, action, reward, done),

@@ -42,8 +42,8 @@ def compose(model, task):
         default = old[name][3] if name in old else defaults.get(name, flag[3])
         kind = flag[2] if default == "None" else flag[2].removesuffix(" | None")
         lines.append(f"    {name}: {kind} = {default}  {flag[4]}")
-    sizes = "        sizes = "  # with which the checks begin, in every script
-    task = task.replace(sizes, "".join(added) + sizes)
+    last = "        if self.num_updates * self.update_epochs"  # the last check, in every script
+    task = task.replace(last, "".join(added) + last)
     task = FLAGS.sub(lambda _: "\n".join(lines) + "\n\n", task)
     return SECTION.sub(lambda _: SECTION.search(model)[0], task)
 

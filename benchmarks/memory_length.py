@@ -69,12 +69,14 @@ def rows_of(model, run_dir, asked):
 
 
 def read(path):
-    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*KEY, "greedy_return"])
+    empty = pd.DataFrame(columns=[*KEY, "greedy_return"])
+    return pd.read_csv(path) if path.exists() else empty
 
 
-def medians(ax, rows, x, **looks):
+def medians(ax, rows, x, style, **looks):
     """A line through the medians of the seeds, and a point a seed, a little apart."""
-    rows.groupby(x).greedy_return.median().plot(ax=ax, alpha=0.8, **looks)
+    line = rows.groupby(x).greedy_return.median()
+    ax.plot(line.index, line, style, alpha=0.8, **looks)
     ax.plot(rows[x] * 1.03 ** (rows.seed - 2), rows.greedy_return, ".", color=looks["color"])
 
 
@@ -93,8 +95,8 @@ def plot(path, one_length, spread):
             mine = spread[spread.model == model]
             for trained, style in styles.items():
                 rows = mine[mine.trained == trained]
-                medians(left, rows.assign(x=rows.asked / trained), "x", style=style, **looks)
-            medians(right, one_length[one_length.model == model], "asked", **looks)
+                medians(left, rows.assign(x=rows.asked / trained), "x", style, **looks)
+            medians(right, one_length[one_length.model == model], "asked", "-", **looks)
             paper.plot(LENGTHS[: len(PAPER[model])], PAPER[model], "o-", markersize=4, **looks)
             key.plot([], [], label=model, **looks)
         key.plot([], [], "k.", label="one seed; lines: medians")

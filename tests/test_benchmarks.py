@@ -1,6 +1,5 @@
 """What the benchmarks make of their runs and measurements."""
 
-import csv
 import importlib.util
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -186,66 +186,49 @@ def test_every_patch_applies_and_makes_another_program(tmp_path):
 @pytest.mark.parametrize("length", memory_length.LENGTHS)
 def test_every_model_gets_as_many_steps_and_a_rollout_holds_an_episode(length):
     steps = set()
-    for model, script in scaling.SCRIPTS.items():
-        flags = memory_length.flags(model, length, 5, memory_length.SETTINGS)
-        args = script.Args(**{name.replace("-", "_"): value for name, value in flags.items()})
-        assert args.min_memory_length == args.memory_length == length < args.num_steps
-        assert 1000 < args.total_timesteps // (length + 1) <= 10_000
+    for script in scaling.SCRIPTS.values():
+        args = script.Args(memory_length=length, min_memory_length=length)
+        assert length + 1 < args.num_steps == 2 * length
+        assert 3_000 < args.num_updates * args.batch_size / (length + 1) < 10_000  # episodes
         steps.add((args.num_updates, args.batch_size))
     assert len(steps) == 1
     assert args.context_length >= length + 2  # the Transformer's
 
 
-def test_the_stored_table_is_of_as_many_episodes_for_every_model():
-    episodes = {}
-    for row in memory_length.read(memory_length.HERE / "memory_length.csv"):
-        episodes.setdefault(row["length"], set()).add(row["episodes"])
-    assert all(len(different) == 1 for different in episodes.values()), episodes
-
-
-def test_a_run_is_asked_at_lengths_that_it_was_not_trained_to(monkeypatch):
-    given = {}
+@pytest.mark.parametrize("one_length", [True, False])
+def test_runs_are_asked_and_new_rows_replace_those_of_their_cell(monkeypatch, tmp_path, one_length):
+    given = []
 
     def train(script, flags, folder):
-        given[script] = dict(zip(flags[::2], flags[1::2], strict=True))
+        given.append((script, dict(zip(flags[::2], flags[1::2], strict=True))))
         run_dir, flags = Path(folder, "run"), {"memory_length": 2, "num_seeds": 2}
         leave_a_run(s5_ppo_memory, run_dir, eval_episodes=16, **flags)
         (run_dir / "eval.json").write_text('{"trained_after": 1.0}')
         return run_dir
 
     monkeypatch.setattr(memory_length, "train", train)
-    rows = memory_length.at_other_lengths("S5", 2, 2)
-    assert given == {"s5_ppo_memory.py": {"--memory-length": 2, "--num-seeds": 2}}
-    asked = [(row["asked"], row["seed"]) for row in rows]
-    assert asked == [(length, seed) for length in (1, 2, 4, 8, 16, 32) for seed in (0, 1)]
-    assert all(-1 <= row["greedy_return"] <= 1 for row in rows)  # of whole episodes: odd of 16
-    assert all((16 * row["greedy_return"] / 2) % 1 == 0 for row in rows)
+    monkeypatch.setattr(memory_length, "HERE", tmp_path)
+    for name in ("ONE_LENGTH", "SPREAD"):
+        monkeypatch.setattr(memory_length, name, tmp_path / f"{name}.csv")
+    flags = ["--models", "S5", "--lengths", "2", "--num-seeds", "2"]
+    monkeypatch.setattr(sys, "argv", ["memory_length.py", *flags, *["--one-length"] * one_length])
+    old = {"greedy_return": 5.0, "model": "S5", "trained": 2, "asked": 2, "seed": 0}
+    path = tmp_path / ("ONE_LENGTH.csv" if one_length else "SPREAD.csv")
+    pd.DataFrame([old, old | {"model": "LSTM"}]).to_csv(path, index=False)
+    memory_length.main()
 
-
-def test_new_rows_replace_those_of_their_cell_and_medians_are_drawn(tmp_path):
-    path = tmp_path / "t.csv"
-
-    def cell(model, length, *returns):
-        row = {"model": model, "length": length}
-        return [row | {"seed": i, "greedy_return": x} for i, x in enumerate(returns)]
-
-    memory_length.replace(path, cell("S5", 8, 1.0, 1.0), ("model", "length"))
-    memory_length.replace(path, cell("LSTM", 8, 1.0, 0.5, 0.0), ("model", "length"))
-    memory_length.replace(path, cell("S5", 8, 0.0), ("model", "length"))
-    with path.open(newline="") as f:
-        table = [(r["model"], r["seed"], r["greedy_return"]) for r in csv.DictReader(f)]
-    lstm = [("LSTM", str(i), str(x)) for i, x in enumerate((1.0, 0.5, 0.0))]
-    assert table == [*lstm, ("S5", "0", "0.0")]
-    rows = memory_length.read(path)
-    np.testing.assert_array_equal(
-        memory_length.pick(rows, "LSTM"), [[8] * 3, [1, 0.5, 0], [0, 1, 2]]
-    )
-    of_16 = [row | {"asked": "16"} for row in rows]
-    np.testing.assert_array_equal(memory_length.pick(of_16, "S5", 8), [[2], [0], [0]])
-    assert memory_length.pick(of_16, "S5", 4).shape == (3, 0)
-    for generalisation in ([], of_16):
-        memory_length.plot(tmp_path / "t.png", rows, generalisation)
-        assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    expected = {"--memory-length": 2, "--num-seeds": 2}
+    expected |= {"--min-memory-length": 2} if one_length else {}
+    assert given == [("s5_ppo_memory.py", expected)]
+    table = pd.read_csv(path)
+    lstm, s5 = (table[table.model == model] for model in ("LSTM", "S5"))
+    assert lstm.greedy_return.tolist() == [5.0]
+    lengths = [2] if one_length else [1, 2, 4, 8, 16, 32]
+    asked = [(length, seed) for length in lengths for seed in (0, 1)]
+    assert list(zip(s5.asked, s5.seed, strict=True)) == asked
+    assert s5.greedy_return.between(-1, 1).all()  # of whole episodes: odd of 16
+    assert (16 * s5.greedy_return / 2 % 1 == 0).all()
+    assert (tmp_path / "memory_length.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---- speed

@@ -45,34 +45,44 @@ def cart_pole():
 
 
 def test_memory_chain_is_the_original_of_bsuite(memory):
-    """Of every length; also that both cues come up, and what happens as an episode starts."""
-    _, first, (inner, _), actions, timesteps = memory
-    for i, length in enumerate((6, 2, 1)):
-        original = MemoryChain(length)
+    """Episodes of all lengths; also that both cues come up, and what happens as one starts."""
+    _, first, (inner, params), actions, timesteps = memory
+    seen_lengths = set()
+    for i in range(3):
 
-        def reset(t, i=i, original=original):
+        def reset(t, i=i):
+            original = MemoryChain(int(params.memory_length[t, i]))
             original.reset()
-            original._context = inner.env_state.context[t, i]  # the one thing that chance decides
-            return original._get_observation()[0]
+            original._context = inner.env_state.context[t, i]  # what chance decides
+            return original, original._get_observation()[0]
 
-        np.testing.assert_array_equal(first[i, :3], reset(0))
+        original, expected = reset(0)
+        np.testing.assert_array_equal(first[i, :3], expected)
         for t in range(59):
             expected = original.step(actions[t, i])
             seen = timesteps.final_obs[t, i, :3]
             np.testing.assert_allclose(seen, expected.observation[0], atol=1e-6)
             assert timesteps.reward[t, i] == expected.reward
             assert timesteps.done[t, i] == expected.last()
-            seen = reset(t + 1) if expected.last() else expected.observation[0]
-            np.testing.assert_allclose(timesteps.obs[t, i, :3], seen, atol=1e-6)
+            after = expected.observation[0]
+            if expected.last():
+                seen_lengths.add(original._memory_length)
+                original, after = reset(t + 1)
+            np.testing.assert_allclose(timesteps.obs[t, i, :3], after, atol=1e-6)
         assert set(inner.env_state.context[:, i, 0]) == {0, 1}
+    assert seen_lengths == {1, 2, 3, 4, 5, 6}
     assert not timesteps.truncated.any()
 
 
-def test_memory_lengths_are_spread_evenly_by_logarithm_or_given():
+def test_every_episode_draws_a_memory_length_or_has_the_given_one():
     env = Environment(Args(memory_length=64, min_memory_length=1))
-    reset, key = jax.jit(env.reset, static_argnums=1), jax.random.PRNGKey(0)
-    lengths = [reset(key, 7, length)[0][1].memory_length.tolist() for length in (None, 1500)]
-    assert lengths == [[64, 32, 16, 8, 4, 2, 1], [1500] * 7]
+    drawn = jax.jit(env.draw_lengths, static_argnums=1)(jax.random.PRNGKey(0), 40_000)
+    assert drawn.min() == 1 and drawn.max() == 64
+    # The root of a uniform number: a quarter is below the half, on a log scale.
+    for share in (0.5, 0.75):
+        assert (drawn <= 64**share).mean() == pytest.approx(share**2, abs=0.02)
+    (_, params), _ = jax.jit(env.reset, static_argnums=1)(jax.random.PRNGKey(0), 7, 1500)
+    assert params.memory_length.tolist() == [1500] * 7
     args = Args(memory_length=1500, min_memory_length=1500)  # as in the paper
     _, _, (_, params), _, timesteps = play(args, 1501, num_envs=2)
     assert (params.memory_length == 1500).all()

@@ -410,9 +410,9 @@ def test_loss_is_the_clipped_objective_and_the_squared_errors_of_value_and_predi
     log_prob = normal.logpdf(action).sum(-1)
     old_log_prob = log_prob - rng.normal(size=(T, M)) * 0.4
 
-    def network(params, carry, obs, reset, asked):
+    def network(params, carry, obs, reset, asked, mutable):
         assert asked is action  # the prediction is of what this action leads to
-        return carry, (mean, log_std), value, prediction
+        return (carry, (mean, log_std), value, prediction), {mutable: {"penalty": (5.0,)}}
 
     fields = {"action": action, "log_prob": old_log_prob, "change": change}
     batch = Transition(**{name: fields.get(name) for name in Transition._fields})
@@ -434,7 +434,7 @@ def test_loss_is_the_clipped_objective_and_the_squared_errors_of_value_and_predi
         assert float(metrics[f"losses/{name}"]) == pytest.approx(x, rel=1e-4), name
     weights = {"policy_loss": 1, "value_loss": 0.7, "entropy": -0.03, "prediction_loss": 2.5}
     total = sum(weight * expected[name] for name, weight in weights.items())
-    assert float(loss) == pytest.approx(total, rel=1e-4)
+    assert float(loss) == pytest.approx(total + 5, rel=1e-4)
 
 
 def test_the_step_size_falls_to_zero_over_the_run_if_asked():

@@ -181,14 +181,12 @@ def test_a_time_limit_adds_the_value_of_what_it_cut_off_and_targets_are_not_norm
     assert num_terminated and num_truncated
 
 
-def test_returns_that_are_logged_are_means_of_environments_first(rollouts):
+def test_returns_that_are_logged_are_means_over_whole_episodes(rollouts):
     _, _, ((metrics, ((_, _, batch, _, _), _)), _) = rollouts("s5, whole rollouts")
-    assert metrics["charts/episodes"] == batch.done.sum()
     ends = [np.flatnonzero(column) + 1 for column in batch.done.T]
-    lengths = [np.diff([0, *end]) for end in ends]  # of whole episodes, and their returns
-    means = [x.mean() for x in lengths if len(x)]
-    assert np.mean(means) != pytest.approx(np.concatenate(lengths).mean(), abs=1e-2)
-    assert metrics["charts/episodic_return"] == pytest.approx(np.mean(means), rel=1e-5)
+    lengths = np.concatenate([np.diff([0, *end]) for end in ends])  # and returns
+    assert metrics["charts/episodes"] == batch.done.sum() == len(lengths) > 8
+    assert metrics["charts/episodic_return"] == pytest.approx(lengths.mean(), rel=1e-5)
 
 
 # ---- the loss
@@ -202,9 +200,13 @@ def test_loss_is_the_clipped_objective_on_normalised_advantages():
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     log_prob = np.log(np.take_along_axis(p, action[..., None], -1)[..., 0])
     old_log_prob = log_prob - rng.normal(size=(T, M)) * 0.4
-    network = SimpleNamespace(apply=lambda params, carry, obs, reset: (carry, logits, value))
+
+    def network(params, carry, obs, reset, mutable):
+        return (carry, logits, value), {mutable: {"block_0": {"penalty": (5.0,)}}}
+
     batch = Transition(None, None, action, old_log_prob, None, None, None)
-    loss, metrics = ppo_loss({}, network, (), batch, jnp.asarray(advantage), target, args)
+    rest = jnp.asarray(advantage), target, args
+    loss, metrics = ppo_loss({}, SimpleNamespace(apply=network), (), batch, *rest)
 
     ratio = np.exp(log_prob - old_log_prob)
     assert (ratio > 1.2).any() and (ratio < 0.8).any() and (np.abs(ratio - 1) < 0.2).any()
@@ -219,7 +221,7 @@ def test_loss_is_the_clipped_objective_on_normalised_advantages():
     }
     assert {name: float(x) for name, x in metrics.items()} == pytest.approx(expected, rel=1e-4)
     parts = [expected[f"losses/{name}"] for name in ("policy_loss", "value_loss", "entropy")]
-    assert float(loss) == pytest.approx(np.dot(parts, [1, 0.7, -0.03]), rel=1e-4)
+    assert float(loss) == pytest.approx(np.dot(parts, [1, 0.7, -0.03]) + 5, rel=1e-4)
 
 
 # ---- the gradient step
@@ -296,10 +298,7 @@ def test_two_devices_share_the_environments_and_keep_the_same_parameters():
     assert any((old != new).any() for old, new in pairs)
     one, other = (np.asarray(shard.data) for shard in after.actor[1].addressable_shards)
     assert one.shape == other.shape == (4, 5) and (one != other).any()
-    lengths = after.actor[0][1].memory_length.tolist()
-    assert lengths == [5, 4, 4, 3] * 2 and metrics["charts/episodes"] == sum(
-        2 * 23 // (length + 1) for length in lengths
-    )
+    assert 2 * 23 * 8 // 6 - 8 <= metrics["charts/episodes"] <= 2 * 23 * 8 // 4  # 3 to 5 steps each
 
 
 # ---- evaluation
@@ -309,7 +308,7 @@ def test_an_evaluation_counts_the_first_episode_of_each_environment_and_no_other
     env, network, key = Environment(args), s5_ppo_memory.ActorCritic(args, 2), jax.random.PRNGKey(3)
     carry, reset = s5_ppo_memory.SequenceModel(args).initial_carry(16), jnp.ones(16, bool)
     params = jax.jit(network.init)(jax.random.PRNGKey(0), carry, jnp.zeros((1, 16, 6)), reset[None])
-    params = shaken(params, scale=1.0, seed=11)  # a policy that does not always push one way
+    params = shaken(params, scale=1.0, seed=5)  # a policy that does not always push one way
     returns = jax.jit(partial(s5_ppo_memory.evaluate, args=args, env=env))(params, key, 0)
 
     env_key, key = jax.random.split(key)

@@ -172,9 +172,11 @@ def test_the_layer_is_its_equations_and_zero_order_hold_is_the_matrix_exponentia
 
 def test_the_layer_starts_at_hippo_with_time_steps_spread_over_their_range_by_logarithm():
     P, low, high = 256, 0.001, 0.1
-    _, _, lam, B, _, _, dt, _ = layer(Args(d_model=2, state_size=P, dt_min=low, dt_max=high))
+    _, _, lam, B, _, _, dt, _ = layer(
+        Args(d_model=2, state_size=P, dt_min=low, dt_max=high, frequency_scale=0.5)
+    )
     hippo, vectors = hippo_normal(P)
-    np.testing.assert_allclose(lam, hippo, rtol=1e-5)
+    np.testing.assert_allclose(lam, hippo.real + 0.5j * hippo.imag, rtol=1e-5)
     assert low <= dt.min() < 1.1 * low and 0.9 * high < dt.max() <= high
     quartiles = np.quantile(np.log(dt), (0.25, 0.5, 0.75))
     np.testing.assert_allclose(quartiles, np.log([0.00316, 0.01, 0.0316]), atol=0.3)
@@ -222,3 +224,19 @@ def test_no_gradient_step_makes_the_carry_grow_without_bound():
         np.testing.assert_allclose(one_step[0], a_bar, atol=1e-5)
         assert (np.abs(one_step) < 1 + 3e-7).all()
     assert growth(grown) < growth(params) - 1  # the steps went where they were meant to
+
+
+def test_the_penalty_is_the_mean_square_of_the_states_and_none_while_acting():
+    T, N, D, P = 7, 3, 4, 2
+    args = Args(d_model=D, state_size=P, state_coef=0.5)
+    u = jax.random.normal(jax.random.PRNGKey(0), (T, N, D))
+    reset, state = jnp.zeros((T, N), bool), jnp.zeros((N, P), jnp.complex64)
+    params = S5(args).init(jax.random.PRNGKey(1), state, u, reset)
+    assert {*params} == {"params"}
+    _, sown = S5(args).apply(params, state, u, reset, mutable="intermediates")
+    squares = []
+    for t in range(T):
+        state, _ = S5(args).apply(params, state, u[t : t + 1], reset[t : t + 1])
+        squares.append(np.abs(np.array(state)) ** 2)
+    (penalty,) = jax.tree.leaves(sown)
+    assert penalty == pytest.approx(0.5 * np.mean(squares), rel=1e-5)
