@@ -512,7 +512,7 @@ class S5(nn.Module):
 
     In steps of dt: x_t = a_bar x_{t-1} + scale B u_t with a_bar = exp(Lambda dt); Lambda is
     diagonal, and every state has its own dt. Call with state (N, P) complex64, u (T, N, D), reset
-    (T, N) bool; returns the last state and y (T, N, D).
+    (T, N) bool; returns the last state and y (T, N, D). Sows the penalty that the loss adds.
     """
 
     args: Args
@@ -521,7 +521,6 @@ class S5(nn.Module):
     def __call__(self, state, u, reset):
         (T, N, D), P = u.shape, self.args.state_size
         hippo, vectors = hippo_normal(P)
-        frequency = self.args.frequency_scale * hippo.imag
 
         # B and C start real and are turned into the eigenbasis. They are stored as real matrices,
         # for one product on each side of the scan, and since optax expects real gradients.
@@ -535,7 +534,8 @@ class S5(nn.Module):
 
         # The real part of Lambda is minus an exponential: no step can make the layer unstable.
         log_decay = self.param("log_decay", lambda _: jnp.asarray(np.log(-hippo.real), jnp.float32))
-        frequency = self.param("frequency", lambda _: jnp.asarray(frequency, jnp.float32))
+        turns = self.args.frequency_scale * hippo.imag
+        frequency = self.param("frequency", lambda _: jnp.asarray(turns, jnp.float32))
         b, c = self.param("B", init_b), self.param("C", init_c)
         d = self.param("D", nn.initializers.normal(1.0), (D,))
         span = {"minval": np.log(self.args.dt_min), "maxval": np.log(self.args.dt_max)}
@@ -562,7 +562,7 @@ class S5(nn.Module):
 
 
 class SequenceModel(nn.Module):
-    """Pre-norm residual blocks: LayerNorm, S5, GELU, gated linear unit.
+    """Residual blocks: a LayerNorm, if asked for, S5, GELU, gated linear unit.
 
     carry: a tuple of S5 states, one a block. Call with x (T, N, D), reset (T, N); returns carry and
     y (T, N, D). T is 1 when acting and num_steps when learning; both give the same y.
