@@ -14,11 +14,10 @@ the sequence model. It goes through time step by step in learning as well.
     python lstm_ppo.py --resume runs/RUN           # goes on after Ctrl-C or a kill
 
 Departures from the paper are those of s5_ppo_memory.py, and:
-- The LSTM stands in the same pre-norm block as S5 and has --hidden-size 28 units, so that the
-  networks have the same width and, within 10 %, as many parameters.
-- Forget and input gates begin with time scales of 2 to --max-timescale steps (S5's: 20 to 2,000),
-  not with biases of zero: a baseline should not fail for want of what S5 is given.
-  --max-timescale 2 brings the usual zeros back.
+- The LSTM stands in the same residual block as S5, behind a LayerNorm, and has --hidden-size 28
+  units, so that the networks have the same width and, within 10 %, as many parameters.
+- Forget and input gates begin with time scales of 2 to --max-timescale steps, not with biases of
+  zero: a baseline should not fail for want of what S5 is given. --max-timescale 2 brings them back.
 """
 
 import argparse
