@@ -1,8 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["flax>=0.12", "gymnax>=1.0.1", "jax>=0.10", "matplotlib", "numpy>=2", "optax",
-#                 "pandas>=2.2", "six", "tensorboardX>=2.6", "tqdm", "tyro>=1"]
-# ///
 """LSTM and PPO on bsuite's memory length: what resettable S5 is up against (Lu et al. 2023).
 
 All is as in s5_ppo_memory.py, which explains the task, but that an LSTM takes the place of S5:

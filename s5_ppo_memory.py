@@ -1,8 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["flax>=0.12", "gymnax>=1.0.1", "jax>=0.10", "matplotlib", "numpy>=2", "optax",
-#                 "pandas>=2.2", "six", "tensorboardX>=2.6", "tqdm", "tyro>=1"]
-# ///
 """Resettable S5 and PPO on bsuite's memory length (Lu et al. 2023, arXiv 2303.03982, experiment 1).
 
 The agent sees a cue, +1 or -1, in the first two observations of an episode, then only a countdown,

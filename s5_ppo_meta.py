@@ -1,8 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["brax>=0.14.2", "flax>=0.12", "gymnax>=1.0.1", "jax>=0.10", "matplotlib",
-#                 "numpy>=2", "optax", "pandas>=2.2", "six", "tensorboardX>=2.6", "tqdm", "tyro>=1"]
-# ///
 """Resettable S5 and PPO learn to control unknown bodies within a trial (Lu et al. 2023, section 5).
 
 Every trial is one task seen through a fresh pair of random matrices: one mixes what the task shows,

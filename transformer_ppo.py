@@ -1,8 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["flax>=0.12", "gymnax>=1.0.1", "jax>=0.10", "matplotlib", "numpy>=2", "optax",
-#                 "pandas>=2.2", "six", "tensorboardX>=2.6", "tqdm", "tyro>=1"]
-# ///
 """A sliding-window Transformer and PPO on bsuite's memory length, beside resettable S5 (Lu et al.).
 
 All is as in s5_ppo_memory.py, which explains the task, but that Transformer blocks, which attend to

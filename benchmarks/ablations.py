@@ -1,7 +1,7 @@
 """s5_ppo_meta.py with one of its tricks taken out, or one that was taken out put back in.
 
     python benchmarks/ablations.py                      # everything: 2 to 3 hours on one core
-    python benchmarks/ablations.py --suites cartpole --variants "as it is" "ReLU" --seeds 0
+    python benchmarks/ablations.py --suites cartpole --variants "as it is" "ReLU" --steps 9830400
 
 Each variant is a copy of the script with the snippets of PATCHES replaced, or run with FLAGS, for
 the steps of SUITES: 50 and 120 updates, early in what the README's runs get. A run is judged by its
@@ -19,11 +19,16 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import tyro
 from common import HERE, ROOT, made_by, read, write
 
 SUITES = {"cartpole": 3_072_000, "classic": 7_372_800}
-FLAGS = {"no prediction": ["--prediction-coef", "0"]}
+FLAGS = {
+    "no prediction": ["--prediction-coef", "0"],
+    "frequencies of zero": ["--frequency-scale", "0"],
+    "no LayerNorm": ["--no-layer-norm"],
+}
 
 RELU = [
     (
@@ -88,7 +93,7 @@ CONSTANT_SPREAD = [
 
 PATCHES = {
     "as it is": [],
-    "no prediction": [],  # FLAGS
+    **dict.fromkeys(FLAGS, []),
     "ReLU": RELU,
     "raw change": RAW_CHANGE,
     "no change": NO_CHANGE,
@@ -102,6 +107,7 @@ class Args:
     suites: tuple[Literal[tuple(SUITES)], ...] = tuple(SUITES)  # what to train on
     variants: tuple[Literal[tuple(PATCHES)], ...] = tuple(PATCHES)  # what to train
     seeds: tuple[int, ...] = (0, 1, 2)  # one run each
+    steps: int | None = None  # of a run, in whole log intervals; None: those of SUITES
 
 
 def patched(variant):
@@ -113,9 +119,9 @@ def patched(variant):
     return text
 
 
-def run(suite, variant, seed, *more):
+def run(suite, variant, seed, steps, *more):
     """A row of ablations.csv."""
-    flags = ["--suite", suite, "--total-timesteps", SUITES[suite], "--log-interval", 5]
+    flags = ["--suite", suite, "--total-timesteps", steps, "--log-interval", 5]
     flags += ["--seed", seed, "--held-out-tasks", "--eval-trials", 1]
     flags += [*FLAGS.get(variant, []), *more]
     with tempfile.TemporaryDirectory() as folder:
@@ -123,9 +129,8 @@ def run(suite, variant, seed, *more):
         script.write_text(patched(variant))
         ended = subprocess.run([sys.executable, script, *map(str, flags)], cwd=folder)
         rows = [row for path in Path(folder).glob("runs/*/metrics.csv") for row in read(path)]
-    result = {"suite": suite, "variant": variant, "seed": seed, "score": None}
+    result = {"suite": suite, "variant": variant, "seed": seed, "score": None, "steps": steps}
     if not ended.returncode:
-        result["steps"] = rows[-1]["global_step"]
         for name in (x for x in rows[0] if x.startswith(("charts/score", "charts/episodic_ret"))):
             mean = np.nanmean([float(row[name]) for row in rows[-5:]])
             result[name.split("/")[-1]] = round(float(mean), 4)
@@ -134,16 +139,15 @@ def run(suite, variant, seed, *more):
 
 def main():
     args = tyro.cli(Args, description=__doc__)
-    path, columns = HERE / "ablations.csv", ("suite", "variant", "seed")
-    for new in product(args.suites, args.variants, args.seeds):
-        row = run(*new)
+    path, columns = HERE / "ablations.csv", ("suite", "variant", "seed", "steps")
+    for suite, variant, seed in product(args.suites, args.variants, args.seeds):
+        row = run(suite, variant, seed, args.steps or SUITES[suite])
         print(row, flush=True)
-        rows = [r for r in read(path) if tuple(r[x] for x in columns) != tuple(map(str, new))]
+        new = tuple(str(row[x]) for x in columns)
+        rows = [r for r in read(path) if tuple(r[x] for x in columns) != new]
         write(path, [*rows, row])
-    for suite, variant in product(SUITES, PATCHES):
-        of = [row for row in read(path) if (row["suite"], row["variant"]) == (suite, variant)]
-        if of:
-            print(f"{suite:10}{variant:20}", *(row["score"] or "failed" for row in of))
+    table = pd.read_csv(path).pivot_table("score", ["suite", "steps", "variant"], "seed")
+    print(table.to_string(float_format="%.2f"))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import ablations
@@ -177,8 +178,10 @@ def test_every_patch_applies_and_makes_another_program(tmp_path):
         init, train = script.make_train(args, script.Environment(args.train_tasks, args))
         state = jax.eval_shape(init, jax.random.PRNGKey(0))
         programs[variant] = str(jax.make_jaxpr(train)(state))
-    assert programs.pop("no prediction") == programs["as it is"]  # it differs by a flag
-    assert ablations.FLAGS["no prediction"] == ["--prediction-coef", "0"]
+    for variant, flags in ablations.FLAGS.items():  # they differ by a flag
+        assert programs.pop(variant) == programs["as it is"]
+        args = tyro.cli(s5_ppo_meta.Args, args=flags)
+        assert args != s5_ppo_meta.Args()
     assert len(set(programs.values())) == len(programs)
 
 
