@@ -93,7 +93,7 @@ CONSTANT_SPREAD = [
 
 PATCHES = {
     "as it is": [],
-    **dict.fromkeys(FLAGS, []),
+    **{variant: [] for variant in FLAGS},
     "ReLU": RELU,
     "raw change": RAW_CHANGE,
     "no change": NO_CHANGE,
