@@ -73,9 +73,9 @@ def read(path):
     return pd.read_csv(path) if path.exists() else empty
 
 
-def medians(ax, rows, x, style, **looks):
-    """A line through the medians of the seeds, and a point a seed, a little apart."""
-    line = rows.groupby(x).greedy_return.median()
+def means(ax, rows, x, style, **looks):
+    """A line through the means of the seeds, and a point a seed, a little apart."""
+    line = rows.groupby(x).greedy_return.mean()
     ax.plot(line.index, line, style, alpha=0.8, **looks)
     ax.plot(rows[x] * 1.03 ** (rows.seed - 2), rows.greedy_return, ".", color=looks["color"])
 
@@ -95,11 +95,11 @@ def plot(path, one_length, spread):
             mine = spread[spread.model == model]
             for trained, style in styles.items():
                 rows = mine[mine.trained == trained]
-                medians(left, rows.assign(x=rows.asked / trained), "x", style, **looks)
-            medians(right, one_length[one_length.model == model], "asked", "-", **looks)
+                means(left, rows.assign(x=rows.asked / trained), "x", style, **looks)
+            means(right, one_length[one_length.model == model], "asked", "-", **looks)
             paper.plot(LENGTHS[: len(PAPER[model])], PAPER[model], "o-", markersize=4, **looks)
             key.plot([], [], label=model, **looks)
-        key.plot([], [], "k.", label="one seed; lines: medians")
+        key.plot([], [], "k.", label="one seed; lines: means")
         key.plot([], [], ":", color="grey", label="guessing")
         for trained, style in styles.items():
             key.plot([], [], style, color="black", label=f"trained on 4 to {trained:,} steps")
