@@ -691,9 +691,10 @@ def main():
     train = jax.vmap(train) if args.num_seeds > 1 else partial(jax.lax.map, train)
     train = jax.jit(train, donate_argnums=0).lower(state).compile()
     timing, last_save, stopped_by = {"compiled_after": time.time() - start_time}, time.time(), []
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, lambda number, _: stopped_by.append(signal.Signals(number).name))
+    stopping = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    stopping = {x for x in stopping if signal.getsignal(x) != signal.SIG_IGN}  # as nohup sets it
+    for number in stopping:
+        signal.signal(number, lambda number, _: stopped_by.append(signal.Signals(number).name))
     try:
         bar = tqdm(total=total, initial=update * args.batch_size, unit="step", unit_scale=True)
         while update < args.num_updates and not stopped_by:
@@ -724,7 +725,7 @@ def main():
         save(run_dir, state, rows, "charts/episodic_return")
     if stopped_by:
         sys.exit(f"stopped by {stopped_by[0]}; go on with: python {sys.argv[0]} --resume {run_dir}")
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+    for number in stopping | {signal.SIGPIPE}:
         signal.signal(number, signal.SIG_DFL)  # nothing is left to lose
     timing["trained_after"] = time.time() - start_time  # seconds, as the other
     report(run_dir, state, keys, timing, args, env)
