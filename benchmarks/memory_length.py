@@ -91,7 +91,7 @@ def plot(path, one_length, spread):
         left, right, paper, key = (axes[name] for name in ("left", "right", "paper", "key"))
         styles = dict(zip(sorted(spread.trained.unique()), ("-", "--", ":", "-."), strict=False))
         for i, model in enumerate(SCRIPTS):  # lines coincide: so widths differ
-            looks = {"color": f"C{i}", "linewidth": (6, 3.5, 1.5)[i]}
+            looks = {"color": f"C{i}", "linewidth": (5, 3, 1.5)[i]}
             mine = spread[spread.model == model]
             for trained, style in styles.items():
                 rows = mine[mine.trained == trained]
@@ -102,7 +102,7 @@ def plot(path, one_length, spread):
         key.plot([], [], "k.", label="one seed; lines: means")
         key.plot([], [], ":", color="grey", label="guessing")
         for trained, style in styles.items():
-            key.plot([], [], style, color="black", label=f"trained on 4 to {trained:,} steps")
+            key.plot([], [], style, color="black", label=f"trained to {trained:,}")
         key.set_axis_off()
         key.legend(loc="center", ncols=2, fontsize="small")
         left.set(title="Trained on a spread of lengths", xlabel="length asked / longest trained")
@@ -111,10 +111,9 @@ def plot(path, one_length, spread):
         for ax in (left, right, paper):
             ax.axhline(0, color="grey", linewidth=1, linestyle=":")
             ax.set_xscale("log", base=2)
-            ax.set(ylabel="mean return", yticks=(-1, -0.5, 0, 0.5, 1), ylim=(-1.1, 1.1))
+            ax.set(ylabel="mean return", yticks=(0, 0.5, 1), ylim=(-0.4, 1.1))
         left.axvline(1, color="grey", linewidth=1)
         left.set_xticks(FACTORS, ("1/2", *map(str, FACTORS[1:])))
-        paper.set_ylim(-0.4, 1.15)
         for ax in (right, paper):
             ax.set(xlim=(3.4, 4900), xlabel="memory length, steps")
             ax.set_xticks(LENGTHS[::2], LENGTHS[::2])
