@@ -158,6 +158,17 @@ SUITES = {
         projected_action_size=8,
         trial_length=1000,
     ),
+    "dmc": Suite(  # the paper's
+        (
+            *("ball-in-cup-catch", "cartpole-swingup", "finger-spin", "finger-turn-hard"),
+            *("point-mass-easy", "reacher-easy"),
+        ),
+        (
+            *("cartpole-balance", "finger-turn-easy", "pendulum-swingup", "point-mass-hard"),
+            "reacher-hard",
+        ),
+        **DMC_TRIALS,
+    ),
     "dmc-small": Suite(  # what a CPU can carry
         ("cartpole-swingup", "point-mass-easy", "reacher-easy"),
         ("cartpole-balance", "point-mass-hard", "reacher-hard", "pendulum-swingup"),
