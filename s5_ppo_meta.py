@@ -919,14 +919,18 @@ def in_usual_units(change, num_tasks):
     return jnp.clip(by_task / (usual + 1e-4), -3, 3).reshape(change.shape)
 
 
-def with_returns(state, returns):
-    """The state after Welford's update of the mean and variance of returns (T, K, N / K)."""
+def with_returns(state, returns, names):
+    """The state after Welford's update of the mean and variance of returns (T, K, N / K).
+
+    The variance is never below what the tasks, names (K,), set as the least.
+    """
+    least = jnp.square(jnp.array([TASKS[name].least_std for name in names]))
     mean = jax.lax.pmean(returns.mean((0, 2)), "devices")  # (K,)
     var = jax.lax.pmean(jnp.square(returns - mean[:, None]).mean((0, 2)), "devices")
     shift, count = mean - state.return_mean, state.num_updates + 1
     mean = state.return_mean + shift / count
     var = state.return_var + (var + shift**2 * (1 - 1 / count) - state.return_var) / count
-    return state._replace(return_mean=mean, return_var=var)
+    return state._replace(return_mean=mean, return_var=jnp.maximum(var, least))
 
 
 def make_train(args, env):
@@ -936,7 +940,6 @@ def make_train(args, env):
     the environments and averages its gradients with the others'.
     """
     num_envs, K, network = args.num_envs // args.num_devices, len(env.names), ActorCritic(args)
-    least_var = jnp.square(jnp.array([TASKS[name].least_std for name in env.names]))
     adam = optax.adam(learning_rate_schedule(args), eps=1e-5)
     optimizer = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adam)
 
@@ -1002,8 +1005,7 @@ def make_train(args, env):
         advantage = gae(batch.reward, batch.value, *rest)
         target = advantage + batch.value
         batch = batch._replace(change=in_usual_units(batch.change, K))
-        state = with_returns(state, returns.reshape(args.num_steps, K, -1))
-        state = state._replace(return_var=jnp.maximum(state.return_var, least_var))
+        state = with_returns(state, returns.reshape(args.num_steps, K, -1), env.names)
         order = jnp.concatenate([jax.random.permutation(k, num_envs) for k in epoch_keys])
         order = order.reshape(args.update_epochs * args.num_minibatches, -1)  # (gradient steps, M)
         fixed = {"network": network, "optimizer": optimizer, "args": args}
