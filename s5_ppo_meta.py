@@ -365,6 +365,7 @@ class DMControl:
         joints = self.env.mj_model
         limits = np.where(joints.jnt_limited[:, None], joints.jnt_range, (-np.pi, np.pi))
         self.low, self.high = np.float32(STARTS.get(env_id, limits.T))
+        self.step = jax.jit(self.step)  # else an evaluation's vmaps trace it again and again
 
     def reset(self, key) -> Body:
         key, noise_key, speed_key, kept_key = jax.random.split(key, 4)

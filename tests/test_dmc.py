@@ -1,13 +1,13 @@
 """Tasks of DMControl are those of dm_control itself: what is seen, what is paid, starts, motion."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s5_ppo_meta import DMC, TASKS, Args, Body, DMControl, Environment
+from s5_ppo_meta import DMC, TASKS, Args, Body, DMControl, Environment, TrainState, with_returns
 
 pytest.importorskip("mujoco_playground", reason='needs pip install -e ".[dmc]"')
 suite = pytest.importorskip("dm_control.suite", reason='needs pip install -e ".[dev]"')
@@ -208,3 +208,11 @@ def test_a_state_holds_no_array_of_size_zero_and_goes_on_as_an_environment():
         assert isinstance(state.inner, Body) and all(x.size for x in jax.tree.leaves(state))
         shapes = (jax.tree.map(lambda x: (x.shape, x.dtype), x) for x in (state, later))
         assert next(shapes) == next(shapes)
+
+
+def test_the_spread_that_divides_rare_rewards_never_falls_below_its_bound():
+    names, returns = ("reacher-easy", "cartpole"), jnp.zeros((4, 2, 3)).at[0].set(1.0)
+    state = TrainState(*[None] * 7, jnp.int32(0), jnp.zeros(2), jnp.array([100.0, 85.0]))
+    update = jax.vmap(partial(with_returns, names=names), axis_name="devices")
+    after = update(jax.tree.map(lambda x: x[None], state), returns[None])
+    np.testing.assert_allclose(after.return_var[0], [100.0, returns.var()], rtol=1e-3)
