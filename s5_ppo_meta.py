@@ -19,7 +19,7 @@ Departures from the paper:
 - An environment keeps its task; only matrices, starts and bodies are drawn anew for each trial.
 - An episode's end inside a trial is a flag in the observation; only a trial's end is a reset.
 - The agent sees its own unprojected action and the scaled reward.
-- Tasks are gymnax's and brax's, not DMControl's.
+- Tasks are gymnax's and brax's; DMControl's come with --suite dmc, and pip install -e ".[dmc]".
 """
 
 import argparse
@@ -58,7 +58,7 @@ from tqdm import tqdm
 class Task(NamedTuple):
     """A row of TASKS: one environment, and what its returns are worth."""
 
-    env_id: str  # of gymnax, or else of brax
+    env_id: str  # of gymnax, of DMC below, or else of brax
     episode_length: int  # time limit, in steps
     baseline_return: float  # scores 0: the better of random actions and none at all
     specialist_return: float  # scores 1: this script trained on the task alone, unprojected
@@ -67,6 +67,7 @@ class Task(NamedTuple):
     ranges: dict = {}  # noqa: RUF012 EnvParams drawn for each trial, from (low, high)
     seen: slice = slice(None)  # entries of the observation that the agent sees
     reward_scale: float = 1.0
+    least_std: float = 0.0  # lower bound of the spread of returns, in training
 
 
 POSITIONS = {"seen": slice(0, 3, 2), "reward_scale": 1 / 200}  # no velocities
@@ -103,6 +104,24 @@ TASKS = {
     "pusher": Task("pusher", 100, -52.7, -40.5, 27.3),
 }
 
+# DMControl's (Tassa et al. 2018), by MuJoCo Playground's names; PointMassHard is not one of those.
+DMC = {
+    "ball-in-cup-catch": "BallInCup",
+    "cartpole-balance": "CartpoleBalance",
+    "cartpole-swingup": "CartpoleSwingup",
+    "finger-spin": "FingerSpin",
+    "finger-turn-easy": "FingerTurnEasy",
+    "finger-turn-hard": "FingerTurnHard",
+    "pendulum-swingup": "PendulumSwingup",
+    "point-mass-easy": "PointMass",
+    "point-mass-hard": "PointMassHard",
+    "reacher-easy": "ReacherEasy",
+    "reacher-hard": "ReacherHard",
+}
+# Scores are returns / 1000, as others give them. Rewards are from 0 to 1 and often rare: random
+# actions' returns hardly spread, and what is divided by that would explode once there are any.
+TASKS |= {name: Task(x, 1000, 0.0, 1000.0, 10.0, least_std=10.0) for name, x in DMC.items()}
+
 
 class Suite(NamedTuple):
     """What --suite stands for; flags of these names override it."""
@@ -113,11 +132,15 @@ class Suite(NamedTuple):
     projected_action_size: int = 2
     trial_length: int = 400
     trial_unit: str = "steps"
+    eval_trial_length: int | None = None
+    gamma: float = 0.99
 
 
 # Each trial draws gravity, mass or force of BODIES anew; NEW_BODIES lie outside of what is drawn.
 BODIES = ("pendulum-bodies", "point-robot-bodies", "cartpole-bodies")
 NEW_BODIES = ("pendulum-long", "cartpole-long", "point-robot-slow")
+# Trials of one episode, in training and evaluation, at 50 or 100 steps a second.
+DMC_TRIALS = {"trial_length": 1, "trial_unit": "episodes", "eval_trial_length": 1, "gamma": 0.995}
 SUITES = {
     "cartpole": Suite(("cartpole-positions",), (), 4, 1, 16, "episodes"),
     "classic": Suite(
@@ -134,6 +157,22 @@ SUITES = {
         projected_obs_size=32,
         projected_action_size=8,
         trial_length=1000,
+    ),
+    "dmc": Suite(  # the paper's
+        (
+            *("ball-in-cup-catch", "cartpole-swingup", "finger-spin", "finger-turn-hard"),
+            *("point-mass-easy", "reacher-easy"),
+        ),
+        (
+            *("cartpole-balance", "finger-turn-easy", "pendulum-swingup", "point-mass-hard"),
+            "reacher-hard",
+        ),
+        **DMC_TRIALS,
+    ),
+    "dmc-small": Suite(  # what a CPU can carry
+        ("cartpole-swingup", "point-mass-easy", "reacher-easy"),
+        ("cartpole-balance", "point-mass-hard", "reacher-hard", "pendulum-swingup"),
+        **DMC_TRIALS,
     ),
 }
 
@@ -162,7 +201,7 @@ class Args:
     trial_length: int | None = None  # steps or episodes of a trial, as the next flag says
     trial_unit: Literal["steps", "episodes"] | None = None  # what a trial's length counts
     eval_trials: int = 64  # trials of each task and kind of memory in the evaluation at the end
-    eval_trial_length: int | None = None  # their length; None: twice as long as in training
+    eval_trial_length: int | None = None  # their length; else twice as long as in training
 
     # ---- sequence model
     num_layers: int = 4  # S5 blocks; 0 is the network without memory
@@ -186,7 +225,7 @@ class Args:
     update_epochs: int = 2  # passes over each rollout
     learning_rate: float = 1e-3  # step size of Adam
     anneal_lr: bool = False  # lower the step size linearly to zero over the run
-    gamma: float = 0.99  # discount of a step
+    gamma: float | None = None  # discount of a step; None: the suite's, 0.99 or 0.995
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
     clip_coef: float = 0.2  # epsilon of the clipped objective
     ent_coef: float = 0.005  # weight of the entropy bonus
@@ -282,8 +321,119 @@ def where(condition, new, old):
     return jax.tree.map(lambda x, y: jax.vmap(jnp.where)(condition, x, y), new, old)
 
 
+class Body(NamedTuple):
+    """One copy of a task of DMControl: what the physics goes on from, and what is seen of it."""
+
+    qpos: jax.Array  # (q,) positions of the joints
+    qvel: jax.Array  # (v,) their velocities
+    warmstart: jax.Array  # (v,) where the solver of the constraints begins
+    kept: dict  # what stays for an episode: mocap_pos (1, 3), the target; gains (a, q)
+    obs: jax.Array  # (o,)
+    reward: jax.Array  # from 0 to 1
+    done: jax.Array  # 0: no task here ends by itself
+
+
+# Low and high of the starts' positions, where they are not the joints' limits, or else +-pi.
+STARTS = {
+    "BallInCup": ((0.0, 0.0, -0.2, 0.2), (0.0, 0.0, 0.2, 0.5)),
+    "CartpoleBalance": ((-0.1, -0.034), (0.1, 0.034)),
+    "CartpoleSwingup": ((0.0, np.pi), (0.0, np.pi)),
+}
+
+
+class DMControl:
+    """A task of DMControl, one copy, with MuJoCo Playground's bodies, behind brax's interface.
+
+    Starts and targets are drawn as DMControl does: Playground's are other ones, draw from one key
+    twice, or show the target before it has moved. What is seen are the positions that a step led
+    to, as in DMControl; Playground's are one step of the physics older. Of MuJoCo's data only what
+    it goes on from is kept: the rest, 80 arrays, takes longer to compile and to copy.
+    """
+
+    def __init__(self, env_id):
+        try:
+            import mujoco_playground
+            from mujoco import mjx
+        except ImportError as error:
+            needed = 'DMControl\'s tasks need MuJoCo Playground: pip install -e ".[dmc]"'
+            raise ValueError(f"{needed} ({error})") from error
+        self.env_id, self.mjx, self.advance = env_id, mjx, mujoco_playground.step
+        name = env_id.replace("PointMassHard", "PointMass")
+        self.env = mujoco_playground.registry.load(name, config_overrides={"impl": "jax"})
+        self.model, self.action_size = self.env.mjx_model, self.env.action_size
+        self.blank = mjx.make_data(self.env.mj_model, impl="jax")
+        joints = self.env.mj_model
+        limits = np.where(joints.jnt_limited[:, None], joints.jnt_range, (-np.pi, np.pi))
+        self.low, self.high = np.float32(STARTS.get(env_id, limits.T))
+        self.step = jax.jit(self.step)  # else an evaluation's vmaps trace it again and again
+
+    def reset(self, key) -> Body:
+        key, noise_key, speed_key, kept_key = jax.random.split(key, 4)
+
+        def draw(last):
+            key, now = jax.random.split(last[0])
+            return key, jax.random.uniform(now, self.low.shape, minval=self.low, maxval=self.high)
+
+        def touches(last):  # a start is free of contacts
+            data = self.mjx.kinematics(self.model, self.blank.replace(qpos=last[1]))
+            return (self.mjx.collision(self.model, data)._impl.contact.dist < 0).any()
+
+        last = draw((key, None))
+        if self.blank._impl.contact.dist.size:
+            last = jax.lax.while_loop(touches, draw, last)
+        qpos, qvel = last[1], jnp.zeros(self.model.nv)
+        if self.env_id == "CartpoleSwingup":
+            qpos += 0.01 * jax.random.normal(noise_key, qpos.shape)
+        if self.env_id.startswith("Cartpole"):
+            qvel += 0.01 * jax.random.normal(speed_key, qvel.shape)
+        kept = self.draw_kept(kept_key)
+        targets = {name: x for name, x in kept.items() if name == "mocap_pos"}
+        data = self.blank.replace(qpos=qpos, qvel=qvel, **targets)
+        return self.seen(data, kept, jnp.zeros(self.action_size))
+
+    def draw_kept(self, key) -> dict:
+        """A target, or the directions (a, q) in which each action pulls."""
+        size_key, angle_key, side_key = jax.random.split(key, 3)
+        angle = jax.random.uniform(angle_key, minval=-np.pi, maxval=np.pi)
+        x, y = jnp.sin(angle), jnp.cos(angle)
+        if self.env_id.startswith("Reacher"):
+            size = jax.random.uniform(size_key, minval=0.05, maxval=0.2)
+            return {"mocap_pos": jnp.array([[size * x, size * y, 0.01]])}
+        if self.env_id.startswith("FingerTurn"):  # on the circle of the spinner's tip
+            return {"mocap_pos": jnp.array([[0.2 + 0.13 * x, 0.0, 0.4 + 0.13 * y]])}
+        if self.env_id == "PointMassHard":  # neither parallel nor opposite: |cos| <= 0.9
+            least = np.arccos(0.9)
+            between = jax.random.uniform(size_key, minval=least, maxval=np.pi - least)
+            other = angle + between * jax.random.rademacher(side_key, ())
+            return {"gains": jnp.array([[x, y], [jnp.sin(other), jnp.cos(other)]])}
+        return {}
+
+    def step(self, state: Body, action) -> Body:
+        more = dict(state.kept)
+        if "gains" in more:  # the force that the actuators, each along its axis, lack
+            force = action @ more.pop("gains") - action
+            more["qfrc_applied"] = self.env.mj_model.actuator_gear[:, 0] * force
+        more |= {"qpos": state.qpos, "qvel": state.qvel, "qacc_warmstart": state.warmstart}
+        data = self.blank.replace(**more)
+        data = self.advance(self.model, data, action, self.env.n_substeps)
+        return self.seen(data, state.kept, action)
+
+    def seen(self, data, kept, action) -> Body:
+        data = self.mjx.sensor_pos(self.model, self.mjx.kinematics(self.model, data))
+        data = self.mjx.sensor_vel(self.model, data)
+        return Body(
+            qpos=data.qpos,
+            qvel=data.qvel,
+            warmstart=data.qacc_warmstart,
+            kept=kept,
+            obs=self.env._get_obs(data, {}),
+            reward=self.env._get_reward(data, action, {}, {}),
+            done=jnp.zeros(()),
+        )
+
+
 class ProjectedTask:
-    """n copies of one task, from gymnax or brax, behind random projections.
+    """n copies of one task, from gymnax, brax or DMControl, behind random projections.
 
     The task's observation o is squashed to arcsinh(o), linear below 1 and logarithmic above: large
     velocities need no statistics, and small motions stay linear. The agent sees arcsinh(o) @
@@ -302,6 +452,9 @@ class ProjectedTask:
             self.env, params = gymnax.make(self.task.env_id)
             self.params = params.replace(**self.task.params)
             self.action_size = math.prod(self.env.action_space(self.params).shape)  # Discrete: 1
+        elif self.task.env_id in DMC.values():
+            self.env = DMControl(self.task.env_id)
+            self.action_size = self.env.action_size
         else:
             with contextlib.redirect_stdout(None):  # brax complains of packages not needed here
                 from brax import envs
@@ -767,14 +920,18 @@ def in_usual_units(change, num_tasks):
     return jnp.clip(by_task / (usual + 1e-4), -3, 3).reshape(change.shape)
 
 
-def with_returns(state, returns):
-    """The state after Welford's update of the mean and variance of returns (T, K, N / K)."""
+def with_returns(state, returns, names):
+    """The state after Welford's update of the mean and variance of returns (T, K, N / K).
+
+    The variance is never below what the tasks, names (K,), set as the least.
+    """
+    least = jnp.square(jnp.array([TASKS[name].least_std for name in names]))
     mean = jax.lax.pmean(returns.mean((0, 2)), "devices")  # (K,)
     var = jax.lax.pmean(jnp.square(returns - mean[:, None]).mean((0, 2)), "devices")
     shift, count = mean - state.return_mean, state.num_updates + 1
     mean = state.return_mean + shift / count
     var = state.return_var + (var + shift**2 * (1 - 1 / count) - state.return_var) / count
-    return state._replace(return_mean=mean, return_var=var)
+    return state._replace(return_mean=mean, return_var=jnp.maximum(var, least))
 
 
 def make_train(args, env):
@@ -849,7 +1006,7 @@ def make_train(args, env):
         advantage = gae(batch.reward, batch.value, *rest)
         target = advantage + batch.value
         batch = batch._replace(change=in_usual_units(batch.change, K))
-        state = with_returns(state, returns.reshape(args.num_steps, K, -1))
+        state = with_returns(state, returns.reshape(args.num_steps, K, -1), env.names)
         order = jnp.concatenate([jax.random.permutation(k, num_envs) for k in epoch_keys])
         order = order.reshape(args.update_epochs * args.num_minibatches, -1)  # (gradient steps, M)
         fixed = {"network": network, "optimizer": optimizer, "args": args}
@@ -932,7 +1089,8 @@ def score_table(rewards, dones, names, args):
     """adaptation.csv from raw rewards and ends of episodes, (memories, S, K, trials) each.
 
     Of each task and memory, mean score and 95 % interval over trials of each episode of the trial
-    and, further down, of its second half. Episodes that begin after the trial's end do not count.
+    and, further down, of its second half (all of it, if it is one episode). Episodes that begin
+    after the trial's end do not count.
     """
     episodes, in_steps = [], args.trial_unit == "steps"
     for k, m, trial in np.ndindex(len(names), len(MEMORIES), rewards.shape[3]):
@@ -941,7 +1099,8 @@ def score_table(rewards, dones, names, args):
             place = (start if in_steps else i) / args.eval_trial_length
             if place < 1:
                 points = score(reward[start:end].sum(dtype=float), names[k])
-                episodes.append((names[k], MEMORIES[m], trial, i, place >= 0.5, points))
+                late = place >= 0.5 or args.eval_trial_length == 1
+                episodes.append((names[k], MEMORIES[m], trial, i, late, points))
     columns = ["task", "memory", "trial", "episode", "late", "score"]
     episodes = pd.DataFrame(episodes, columns=columns)
     late = episodes[episodes["late"]].groupby(columns[:3], sort=False, as_index=False)
@@ -1029,9 +1188,9 @@ def write(path, content: bytes):
 def write_config(run_dir, args, flags):
     here = Path(__file__).resolve().parent
     config = {"args": asdict(args), "flags": flags, "device": jax.devices()[0].device_kind}
-    config["versions"] = {
-        name: version(name) for name in ("jax", "flax", "optax", "gymnax", "brax")
-    }
+    packages = ["jax", "flax", "optax", "gymnax", "brax"]
+    packages += ["playground", "mujoco-mjx"] * ("mujoco_playground" in sys.modules)
+    config["versions"] = {name: version(name) for name in packages}
     config["git_commit"] = subprocess.getoutput(f'git -C "{here}" rev-parse HEAD 2>/dev/null')
     write(run_dir / "config.json", json.dumps(config, indent=2, default=str).encode())
 

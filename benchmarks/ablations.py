@@ -88,7 +88,7 @@ def learn(params_and_opt_state""",
 ]
 # Rewards are always divided by the spread of random actions' returns, not by that of all so far.
 CONSTANT_SPREAD = [
-    ("        state = with_returns(state, returns.reshape(args.num_steps, K, -1))\n", "")
+    ("        state = with_returns(state, returns.reshape(args.num_steps, K, -1), env.names)\n", "")
 ]
 
 PATCHES = {
