@@ -10,7 +10,7 @@ import pytest
 from s5_ppo_meta import DMC, TASKS, Args, Body, DMControl, Environment, TrainState, with_returns
 
 pytest.importorskip("mujoco_playground", reason='needs pip install -e ".[dmc]"')
-suite = pytest.importorskip("dm_control.suite", reason='needs pip install -e ".[dev]"')
+suite = pytest.importorskip("dm_control.suite", reason='needs pip install -e ".[dmc]"')
 
 mujoco = pytest.importorskip("mujoco")
 sizes = pytest.importorskip("dm_control.mujoco.wrapper.mjbindings.sizes")
