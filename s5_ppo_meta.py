@@ -10,8 +10,7 @@ within the trial what its actions do, and keep it in its memory across the episo
 
 Expect scores near 1, a specialist's, with the memory kept, and near 0, random actions', without it.
 Departures from the paper:
-- PPO, not Muesli, and a head that predicts the change of the observation and the reward: PPO alone
-  gives the memory little to learn a new body from.
+- PPO, not Muesli. The network is also shown the last change of the observation and of the reward.
 - S5's largest initial time step is 2, not 0.1, which would lose velocities in an average over 20
   steps. Its input is scaled to unit variance, not by zero-order hold (--zoh).
 - Gradients reach back one rollout, which is shorter than a trial. Advantages stop where an episode
@@ -62,12 +61,11 @@ class Task(NamedTuple):
     episode_length: int  # time limit, in steps
     baseline_return: float  # scores 0: the better of random actions and none at all
     specialist_return: float  # scores 1: this script trained on the task alone, unprojected
-    return_std: float  # of random actions' discounted returns: divides the first rewards
+    return_std: float  # of random actions' discounted returns, about: divides the rewards
     params: dict = {}  # noqa: RUF012 EnvParams to set, gymnax only, as all that follows
     ranges: dict = {}  # noqa: RUF012 EnvParams drawn for each trial, from (low, high)
     seen: slice = slice(None)  # entries of the observation that the agent sees
     reward_scale: float = 1.0
-    least_std: float = 0.0  # lower bound of the spread of returns, in training
 
 
 POSITIONS = {"seen": slice(0, 3, 2), "reward_scale": 1 / 200}  # no velocities
@@ -120,7 +118,7 @@ DMC = {
 }
 # Scores are returns / 1000, as others give them. Rewards are from 0 to 1 and often rare: random
 # actions' returns hardly spread, and what is divided by that would explode once there are any.
-TASKS |= {name: Task(x, 1000, 0.0, 1000.0, 10.0, least_std=10.0) for name, x in DMC.items()}
+TASKS |= {name: Task(x, 1000, 0.0, 1000.0, 10.0) for name, x in DMC.items()}
 
 
 class Suite(NamedTuple):
@@ -215,8 +213,8 @@ class Args:
     zoh: bool = False  # scale the input by zero-order hold, as the paper does, not to unit variance
 
     # ---- actor and critic
-    encoder_size: int = 128  # hidden units of the observation encoder, each a product of two sums
-    head_size: int = 64  # hidden units in each of the two layers of actor, critic and prediction
+    encoder_size: int = 256  # hidden units of the observation encoder
+    head_size: int = 128  # hidden units in each of the two layers of the actor and of the critic
 
     # ---- PPO
     num_envs: int = 480  # N, parallel environments
@@ -230,7 +228,6 @@ class Args:
     clip_coef: float = 0.2  # epsilon of the clipped objective
     ent_coef: float = 0.005  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
-    prediction_coef: float = 1.0  # weight of predicting the change of observation and reward
     max_grad_norm: float = 0.5  # global norm the gradient is clipped to
 
     def __post_init__(self):  # tyro prints what it raises
@@ -269,13 +266,12 @@ class Timestep(NamedTuple):
 
     obs: jax.Array  # (N, O) what the agent sees next
     reset: jax.Array  # (N,) bool: obs is the first of a trial, where the memory starts anew
-    reward: jax.Array  # (N,) scaled: divided by the spread of the task's returns
+    reward: jax.Array  # (N,) divided by the task's return_std
     done: jax.Array  # (N,) bool: the action ended the episode, by itself, a time limit or the trial
     truncated: jax.Array  # (N,) bool: ended, but not by a termination
     final_obs: jax.Array  # (N, O) what the agent would have seen next, had the episode gone on
     raw_reward: jax.Array  # (N,)
     episode_return: jax.Array  # (N,) sum of raw rewards of the episode up to this step
-    discounted_return: jax.Array  # (N,) the same, discounted, as VecNormalize has it
     failed: jax.Array  # (N,) bool: the physics gave numbers that are not finite
 
 
@@ -296,7 +292,6 @@ class EnvState(NamedTuple):
     progress: jax.Array  # (n,) int32, steps or episodes of the trial so far, as trial_unit says
     episode_length: jax.Array  # (n,) int32
     episode_return: jax.Array  # (n,)
-    discounted_return: jax.Array  # (n,)
 
 
 def random_orthonormal(key, n, rows, columns):
@@ -529,7 +524,6 @@ class ProjectedTask:
             progress=progress * self.trials_end,
             episode_length=zeros.astype(jnp.int32),
             episode_return=zeros,
-            discounted_return=zeros,
         )
         action = jnp.zeros((n, self.args.projected_action_size))
         return state, self.agent_obs(starts[1], state.trial, action, zeros, true, true)
@@ -539,7 +533,7 @@ class ProjectedTask:
         starts = jax.vmap(self.start)(jax.random.split(key, len(state.progress)))
         return state._replace(starts=starts)
 
-    def step(self, key, state: EnvState, action, spread) -> tuple[EnvState, Timestep]:
+    def step(self, key, state: EnvState, action) -> tuple[EnvState, Timestep]:
         """Steps n copies with action (n, A); episodes and, if trials end, trials start anew."""
         n, no = len(action), jnp.zeros(len(action), bool)
         physics_key, start_key, trial_key = jax.random.split(key, 3)
@@ -549,11 +543,10 @@ class ProjectedTask:
         inner, obs, raw_reward, terminated = physics(keys, *inputs)
         failed = ~(jnp.isfinite(obs).all(1) & jnp.isfinite(raw_reward))  # ends the episode
         obs, raw_reward = where(failed, (jnp.zeros_like(obs), jnp.zeros(n)), (obs, raw_reward))
-        reward, terminated = raw_reward / spread, terminated | failed
+        reward, terminated = raw_reward / self.task.return_std, terminated | failed
 
         episode_length = state.episode_length + 1
         episode_return = state.episode_return + raw_reward
-        discounted_return = self.args.gamma * state.discounted_return + raw_reward
         ended = terminated | (episode_length >= self.task.episode_length)
         progress = state.progress + (ended if self.args.trial_unit == "episodes" else 1)
         new_trial = self.trials_end & (progress >= self.args.trial_length)
@@ -576,7 +569,6 @@ class ProjectedTask:
             final_obs=final_obs,
             raw_reward=raw_reward,
             episode_return=episode_return,
-            discounted_return=discounted_return,
             failed=failed,
         )
         state = state._replace(
@@ -585,7 +577,6 @@ class ProjectedTask:
             progress=jnp.where(new_trial, 0, progress),
             episode_length=jnp.where(done, 0, episode_length),
             episode_return=jnp.where(done, 0.0, episode_return),
-            discounted_return=jnp.where(done, 0.0, discounted_return),
         )
         return state, timestep
 
@@ -611,10 +602,10 @@ class Environment:
         keys = jax.random.split(key, len(self.tasks))
         return tuple(map(ProjectedTask.redraw, self.tasks, keys, states))
 
-    def step(self, key, states, action, spread) -> tuple[tuple, Timestep]:
-        """Steps all N environments with action (N, A); spread (K,) divides each task's rewards."""
+    def step(self, key, states, action) -> tuple[tuple, Timestep]:
+        """Steps all N environments with action (N, A)."""
         keys, actions = jax.random.split(key, len(self.tasks)), jnp.split(action, len(self.tasks))
-        parts = map(ProjectedTask.step, self.tasks, keys, states, actions, spread)
+        parts = map(ProjectedTask.step, self.tasks, keys, states, actions)
         states, timesteps = zip(*parts, strict=True)
         return states, jax.tree.map(lambda *x: jnp.concatenate(x), *timesteps)
 
@@ -735,69 +726,56 @@ class SequenceModel(nn.Module):
 
 
 # ==== Actor-critic ================================================================================
-def outcome_of(obs, args):
-    """What actions change of obs (..., O): projected observation, previous reward: (..., o + 1)."""
-    o, A = args.projected_obs_size, args.projected_action_size
-    return jnp.concatenate([obs[..., :o], obs[..., o + A : o + A + 1]], axis=-1)
-
-
 class ActorCritic(nn.Module):
-    """Encoder, sequence model, and heads for a Gaussian policy, value, and outcome of an action.
+    """Encoder, sequence model, and heads for a Gaussian policy and a value.
 
-    What an action does shows in the change of observation and reward, and as a product: change
-    times action. Sums and ReLUs have neither at hand. So the encoder is given the change, by a
-    memory of one step like the shift of Fu et al. (2023), and its first layer, as that of the
-    heads, is a gated one (Shazeer 2020).
+    What an action does shows in the change of observation and reward, so the encoder is given the
+    change too, by a memory of one step like the shift of Fu et al. (2023).
 
     carry: the last outcome (N, o + 1) and the sequence model's carry. Call with carry, obs (T, N,
-    O), reset (T, N), and action (T, N, A), if a prediction is asked for; returns carry, the
-    policy's mean and log standard deviation (T, N, A) each, value (T, N), and the predicted change
-    (T, N, o + 1), in units of its usual size, that the action leads to.
+    O), reset (T, N); returns carry, the policy's mean and log standard deviation (T, N, A) each,
+    and value (T, N).
     """
 
     args: Args
 
     @nn.compact
-    def __call__(self, carry, obs, reset, action=None):
+    def __call__(self, carry, obs, reset):
         T, N, _ = obs.shape
         o, A = self.args.projected_obs_size, self.args.projected_action_size
 
         def dense(x, size, scale=np.sqrt(2)):
             return nn.Dense(size, kernel_init=nn.initializers.orthogonal(scale))(x)
 
-        def gated(x, size):
-            a, b = jnp.split(dense(x, 2 * size, 1.0), 2, axis=-1)
-            return a * (1 + b)
-
         def direction_and_size(x):
             size = jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-8)  # at least 1e-4
             return x / size, jnp.log(size) / 3 + 1  # -2 to about 1
 
         last, carry = carry
-        outcome = jnp.concatenate([last[None], outcome_of(obs, self.args)])  # (T + 1, N, o + 1)
+        outcome = jnp.concatenate([obs[..., :o], obs[..., o + A : o + A + 1]], axis=-1)
+        outcome = jnp.concatenate([last[None], outcome])  # (T + 1, N, o + 1)
         new_episode = obs[..., -2] > 0.5  # between two episodes there is no change, but a jump
         forget = reset | new_episode if self.args.num_layers else jnp.ones_like(reset)
         change = jnp.where(forget[..., None], 0.0, outcome[1:] - outcome[:-1])
         change = *direction_and_size(change[..., :o]), *direction_and_size(change[..., o:])
         x = jnp.concatenate([obs, *change], axis=-1).reshape(T * N, -1)
-        x = nn.relu(dense(gated(x, self.args.encoder_size), self.args.d_model))
+        x = nn.relu(dense(nn.relu(dense(x, self.args.encoder_size)), self.args.d_model))
         carry, x = SequenceModel(self.args)(carry, x.reshape(T, N, self.args.d_model), reset)
         x = x.reshape(T * N, self.args.d_model)
 
-        def head(x, size, scale):
-            hidden = nn.relu(dense(gated(x, self.args.head_size), self.args.head_size))
-            return dense(hidden, size, scale).reshape(T, N, size)
+        def head(size):
+            hidden = x
+            for _ in range(2):
+                hidden = nn.relu(dense(hidden, self.args.head_size))
+            return dense(hidden, size, 0.01).reshape(T, N, size)
 
         # How much to explore depends on what the memory holds, so the deviation is an output too,
         # from 0.1 to 2, at first near 0.45. The mean stays within 3: where only an action's sign
-        # counts nothing else would hold it, and layers that multiply see the action again.
-        mean, log_std = jnp.split(head(x, 2 * A, 0.01), 2, axis=-1)
+        # counts nothing else would hold it.
+        mean, log_std = jnp.split(head(2 * A), 2, axis=-1)
         mean = 3 * jnp.tanh(mean / 3)
         log_std = np.log(0.1) + (np.log(2) - np.log(0.1)) * nn.sigmoid(log_std)
-        value = head(x, 1, 0.01)[..., 0]
-        action = jnp.zeros((T, N, A)) if action is None else action
-        prediction = head(jnp.concatenate([x, action.reshape(T * N, A)], axis=1), o + 1, 1.0)
-        return (outcome[-1], carry), (mean, log_std), value, prediction
+        return (outcome[-1], carry), (mean, log_std), head(1)[..., 0]
 
     def initial_carry(self, num_envs):
         last = jnp.zeros((num_envs, self.args.projected_obs_size + 1))
@@ -815,7 +793,6 @@ class Transition(NamedTuple):
     value: jax.Array
     reward: jax.Array  # plus gamma times the value of the final observation where truncated
     done: jax.Array  # action[t] ended an episode: what the advantage goes by
-    change: jax.Array  # (T, N, o + 1) of projected observation and reward by action[t]
 
 
 class TrainState(NamedTuple):
@@ -829,8 +806,6 @@ class TrainState(NamedTuple):
     carry: tuple  # the network's memory before it has seen obs
     key: jax.Array
     num_updates: jax.Array  # int32, updates done
-    return_mean: jax.Array  # (K,) mean and variance of each task's discounted raw returns so far
-    return_var: jax.Array
 
 
 def gae(reward, value, done, last_value, gamma, gae_lambda):
@@ -860,13 +835,13 @@ def gaussian(policy, action):
 
 
 def ppo_loss(params, network, carry, batch, advantage, target, args):
-    """PPO's loss (Schulman et al. 2017) and the squared error of the prediction.
+    """Clipped objective, value loss, entropy bonus (Schulman et al. 2017) of M whole environments.
 
     batch: Transition (T, M); carry: the memory, leading axis M, that the rollout began with;
     advantage, target (T, M). Returns the scalar loss and a dict of scalars to log.
     """
-    inputs = params, carry, batch.obs, batch.reset, batch.action
-    (_, policy, value, prediction), sown = network.apply(*inputs, mutable="intermediates")
+    inputs = params, carry, batch.obs, batch.reset
+    (_, policy, value), sown = network.apply(*inputs, mutable="intermediates")
     log_prob, entropy = gaussian(policy, batch.action)
     log_ratio = log_prob - batch.log_prob
     ratio = jnp.exp(log_ratio)
@@ -874,13 +849,10 @@ def ppo_loss(params, network, carry, batch, advantage, target, args):
     clipped = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -jnp.minimum(ratio * advantage, clipped * advantage).mean()
     value_loss = 0.5 * jnp.square(value - target).mean()
-    prediction_loss = jnp.square(prediction - batch.change).mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy.mean()
-    loss += args.prediction_coef * prediction_loss
     return loss + sum(jax.tree.leaves(sown)), {  # sown: the sequence model's penalties
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
-        "losses/prediction_loss": prediction_loss,
         "losses/entropy": entropy.mean(),
         "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # k3 of Schulman's note: never negative
         "losses/clipfrac": (jnp.abs(ratio - 1) > args.clip_coef).mean(),
@@ -910,30 +882,6 @@ def learn(params_and_opt_state, env_ids, carry, rollout, network, optimizer, arg
     return (optax.apply_updates(params, updates), opt_state), losses
 
 
-def in_usual_units(change, num_tasks):
-    """Changes (T, N, o + 1) in units of each task's usual one, at most three of them.
-
-    In others slow tasks would hardly count, and rare jumps would outweigh all steps in between.
-    """
-    by_task = change.reshape(len(change), num_tasks, -1, change.shape[-1])
-    usual = jax.lax.pmean(jnp.abs(by_task).mean((0, 2), keepdims=True), "devices")
-    return jnp.clip(by_task / (usual + 1e-4), -3, 3).reshape(change.shape)
-
-
-def with_returns(state, returns, names):
-    """The state after Welford's update of the mean and variance of returns (T, K, N / K).
-
-    The variance is never below what the tasks, names (K,), set as the least.
-    """
-    least = jnp.square(jnp.array([TASKS[name].least_std for name in names]))
-    mean = jax.lax.pmean(returns.mean((0, 2)), "devices")  # (K,)
-    var = jax.lax.pmean(jnp.square(returns - mean[:, None]).mean((0, 2)), "devices")
-    shift, count = mean - state.return_mean, state.num_updates + 1
-    mean = state.return_mean + shift / count
-    var = state.return_var + (var + shift**2 * (1 - 1 / count) - state.return_var) / count
-    return state._replace(return_mean=mean, return_var=jnp.maximum(var, least))
-
-
 def make_train(args, env):
     """Two pure functions: init(key) -> TrainState, and train(TrainState) -> TrainState, metrics.
 
@@ -959,18 +907,15 @@ def make_train(args, env):
             carry=carry,
             key=key,
             num_updates=jnp.zeros((), jnp.int32),
-            return_mean=jnp.zeros(K),
-            return_var=jnp.square(jnp.array([TASKS[name].return_std for name in env.names])),
         )
 
     def act(state, key):
         """One step of the rollout; returns the next state, a Transition, and sums for metrics."""
         action_key, env_key = jax.random.split(key)
         forward = partial(network.apply, state.params)
-        carry, (mean, log_std), value, _ = forward(state.carry, state.obs[None], state.reset[None])
+        carry, (mean, log_std), value = forward(state.carry, state.obs[None], state.reset[None])
         action = mean + jnp.exp(log_std) * jax.random.normal(action_key, mean.shape)  # (1, N, A)
-        spread = jnp.sqrt(state.return_var) + 1e-3
-        env_state, timestep = env.step(env_key, state.env_state, action[0], spread)
+        env_state, timestep = env.step(env_key, state.env_state, action[0])
         # A time limit cuts off what the episode was still worth: add it, with the memory it had. A
         # termination is worth nothing more, though the trial goes on: else falling were free.
         final_obs, done, no_reset = timestep.final_obs, timestep.done, jnp.zeros_like(state.reset)
@@ -984,12 +929,11 @@ def make_train(args, env):
             value=value[0],
             reward=reward,
             done=done,
-            change=outcome_of(final_obs, args) - outcome_of(state.obs, args),
         )
         obs, reset = timestep.obs, timestep.reset
         state = state._replace(env_state=env_state, obs=obs, reset=reset, carry=carry)
         sums = jnp.stack([done, done * timestep.episode_return, timestep.failed])  # (3, N)
-        return state, (transition, timestep.discounted_return, sums.reshape(3, K, -1).sum(2))
+        return state, (transition, sums.reshape(3, K, -1).sum(2))
 
     def update(state, _):
         """One rollout, and update_epochs passes over it."""
@@ -999,14 +943,12 @@ def make_train(args, env):
         state = state._replace(env_state=env.redraw(redraw_key, state.env_state))
         carry = state.carry  # as acting left it; every pass over the rollout starts there
         keys = jax.random.split(act_key, args.num_steps)
-        state, (batch, returns, sums) = jax.lax.scan(act, state, keys)
+        state, (batch, sums) = jax.lax.scan(act, state, keys)
         now = state.params, state.carry, state.obs[None], state.reset[None]
         last_value = network.apply(*now)[2][0]
         rest = batch.done, last_value, args.gamma, args.gae_lambda
         advantage = gae(batch.reward, batch.value, *rest)
         target = advantage + batch.value
-        batch = batch._replace(change=in_usual_units(batch.change, K))
-        state = with_returns(state, returns.reshape(args.num_steps, K, -1), env.names)
         order = jnp.concatenate([jax.random.permutation(k, num_envs) for k in epoch_keys])
         order = order.reshape(args.update_epochs * args.num_minibatches, -1)  # (gradient steps, M)
         fixed = {"network": network, "optimizer": optimizer, "args": args}
@@ -1048,12 +990,12 @@ def score(returns, name):
     return (returns - task.baseline_return) / (task.specialist_return - task.baseline_return)
 
 
-def run_trials(params, spread, key, wipe_episode, wipe_step, args, env):
+def run_trials(params, key, wipe_episode, wipe_step, args, env):
     """Raw rewards and ends of episodes, (S, K E) each: E = eval_trials trials of each of K tasks.
 
-    spread (K,) divides rewards; wipe_episode, wipe_step: bools, when the memory is emptied. Trials
-    of one key have the same matrices whatever the memory. Actions are sampled, as in training: to
-    explore is part of the policy. Every episode that begins within the trial is whole.
+    wipe_episode, wipe_step: bools, when the memory is emptied. Trials of one key have the same
+    matrices whatever the memory. Actions are sampled, as in training: to explore is part of the
+    policy. Every episode that begins within the trial is whole.
     """
     network, num_envs = ActorCritic(args), len(env.names) * args.eval_trials
     reset_key, key = jax.random.split(key)
@@ -1068,9 +1010,9 @@ def run_trials(params, spread, key, wipe_episode, wipe_step, args, env):
         reset = new_trial | (wipe_episode & done) | wipe_step
         first = obs.at[:, args.projected_obs_size : -2].set(0.0).at[:, -2:].set(1.0)
         obs = jnp.where(reset[:, None], first, obs)
-        carry, (mean, log_std), _, _ = network.apply(params, carry, obs[None], reset[None])
+        carry, (mean, log_std), _ = network.apply(params, carry, obs[None], reset[None])
         action = mean + jnp.exp(log_std) * jax.random.normal(action_key, mean.shape)
-        env_state, now = env.step(env_key, env_state, action[0], spread)
+        env_state, now = env.step(env_key, env_state, action[0])
         return (env_state, now.obs, now.reset, now.done, carry), (now.raw_reward, now.done)
 
     def rollout(state, key):
@@ -1133,13 +1075,10 @@ def plot_adaptation(path, table, args):
 def report(run_dir, state, keys, timing, args, env):
     """Runs the trials of all seeds; writes adaptation.csv, .png and eval.json, prints a table."""
     run = partial(run_trials, args=args, env=env)
-    of_memories = jax.vmap(run, (None, None, None, 0, 0))
-    run_all = jax.jit(jax.vmap(of_memories, (0, 0, 0, None, None)))  # over seeds
-    # Rewards are scaled as training left it; those of held-out tasks by random actions' returns.
-    spread = np.tile([TASKS[name].return_std for name in env.names], (args.num_seeds, 1))
-    spread[:, : len(args.train_tasks)] = np.sqrt(state.return_var) + 1e-3
+    of_memories = jax.vmap(run, (None, None, 0, 0))
+    run_all = jax.jit(jax.vmap(of_memories, (0, 0, None, None)))  # over seeds
     wipes = jnp.array([False, True, False]), jnp.array([False, False, True])  # as in MEMORIES
-    outcome = jax.tree.map(np.asarray, run_all(state.params, spread, keys, *wipes))
+    outcome = jax.tree.map(np.asarray, run_all(state.params, keys, *wipes))
     shape = *outcome[0].shape[:3], len(env.names), args.eval_trials
     rewards, dones = (np.concatenate(x.reshape(shape), axis=-1) for x in outcome)
 

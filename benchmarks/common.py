@@ -83,11 +83,5 @@ def load(script, run_dir):
     return args, state, keys
 
 
-def spread_of(args, state, names, tasks):
-    """What divides the rewards of tasks in an evaluation of a run's first seed, (K,)."""
-    trained = dict(zip(args.train_tasks, jnp.sqrt(state.return_var[0]) + 1e-3, strict=True))
-    return jnp.array([trained.get(name, tasks[name].return_std) for name in names])
-
-
 def save(figure, path):
     figure.savefig(path, dpi=150, facecolor="white")  # white on dark pages too

@@ -49,24 +49,28 @@ def alone(name):
 def fixed_policy(name, size, episodes):
     """Mean return of the first episode in each copy, and the spread of all discounted returns."""
     args = ScriptArgs(**alone(name), projection=False)
+    gamma = 0.99
     env, A = Environment((name,), args, trials_end=False), args.projected_action_size
 
     def step(carry, key):
-        state, returns, alive = carry
+        state, returns, discounted, alive = carry
         action_key, env_key = jax.random.split(key)
         action = size * jax.random.uniform(action_key, (episodes, A), minval=-1, maxval=1)
-        state, now = env.step(env_key, state, action, jnp.ones(1))
+        state, now = env.step(env_key, state, action)
         returns += jnp.where(alive, now.raw_reward, 0.0)
-        return (state, returns, alive & ~now.done), now.discounted_return
+        discounted = gamma * discounted + now.raw_reward
+        now_and_next = discounted, jnp.where(now.done, 0.0, discounted)
+        return (state, returns, now_and_next[1], alive & ~now.done), now_and_next[0]
 
     @jax.jit
     def run(key):
         key, reset_key = jax.random.split(key)
         state, _ = env.reset(reset_key, episodes)
-        start = state, jnp.zeros(episodes), jnp.ones(episodes, bool)
+        zeros = jnp.zeros(episodes)
+        start = state, zeros, zeros, jnp.ones(episodes, bool)
         return jax.lax.scan(step, start, jax.random.split(key, TASKS[name].episode_length))
 
-    (_, returns, _), discounted = run(jax.random.key(0))
+    (_, returns, _, _), discounted = run(jax.random.key(0))
     return float(returns.mean()), float(discounted.std())
 
 

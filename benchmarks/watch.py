@@ -15,10 +15,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from common import load, spread_of
+from common import load
 
 import s5_ppo_meta
-from s5_ppo_meta import TASKS, Environment, refuse, run_trials
+from s5_ppo_meta import Environment, refuse, run_trials
 
 
 class Filmed(Environment):
@@ -41,9 +41,8 @@ def main():
     if env.tasks[0].is_gymnax:
         sys.exit(f"error: {name} is not a task of brax")
     params = jax.tree.map(lambda x: x[0], state.params)
-    spread = spread_of(of_run, state, args.train_tasks, TASKS)
     run = jax.jit(lambda *inputs: run_trials(*inputs, False, False, args, env))
-    frames, done = jax.tree.map(np.asarray, run(params, spread, keys[0]))
+    frames, done = jax.tree.map(np.asarray, run(params, keys[0]))
 
     from brax.io import html
 

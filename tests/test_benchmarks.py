@@ -18,7 +18,6 @@ import ablations
 import adaptation
 import common
 import compose
-import foresight
 import memory_length
 import reference_scores
 import s5_layer
@@ -135,28 +134,11 @@ def test_a_film_shows_each_step_of_the_trial():
     def film(key):
         network, (_, obs) = s5_ppo_meta.ActorCritic(args), env.reset(key, 1)
         params = network.init(key, network.initial_carry(1), obs[None], jnp.ones((1, 1), bool))
-        return s5_ppo_meta.run_trials(params, jnp.ones(1), key, False, False, args, env)
+        return s5_ppo_meta.run_trials(params, key, False, False, args, env)
 
     frames, done = jax.eval_shape(film, jax.random.key(0))
     assert done.shape == (3 + 100, 1)
     assert frames.x.pos.shape[:2] == (3 + 100, 1)  # of brax's bodies
-
-
-def test_errors_of_prediction_go_by_the_step_of_the_episode_in_units_of_the_usual_change():
-    """Two trials of six steps: one of two episodes of three steps, one of a single episode."""
-    foreseen = np.array([[0, 0], [0, 1], [1, 1], [0, 1], [1, 1], [1, 1]], bool)  # (S, E)
-    done = np.zeros((6, 2), bool)
-    done[2, 0] = True
-    change = np.full((6, 2, 1), 5.0)
-    prediction = np.where(foreseen[..., None], 1.0, 0.0)  # the usual change, or none
-    errors = foresight.unforeseen(prediction, change, done)
-    for no_change in (errors["first episode"][1, :6], errors["later episodes"][1, :3]):
-        np.testing.assert_allclose(no_change, 1.0, atol=1e-4)
-    first, later = errors["first episode"][0], errors["later episodes"][0]
-    np.testing.assert_allclose(first[:6], [1, 0.5, 0, 0, 0, 0], atol=1e-4)
-    np.testing.assert_allclose(later[:3], [1, 0, 0], atol=1e-4)
-    assert np.isnan(first[6:]).all() and np.isnan(later[3:]).all()
-    assert len(first) == len(later) == foresight.FIRST_STEPS
 
 
 def test_reference_returns_are_those_of_whole_episodes_from_new_starts():

@@ -18,7 +18,6 @@ from s5_ppo_meta import SUITES, TASKS, Args, Environment, ProjectedTask, random_
 
 KEY = jax.random.PRNGKey(0)
 O, A, STEPS = 6, 2, 320  # projected sizes; steps played
-SPREAD = (2.0, 5.0, 1.0, 1.0, 1.0, 1.0)  # divides the rewards of each task
 SIZES = {"held_out_tasks": (), "projected_obs_size": O, "projected_action_size": A}
 TRIALS = {
     "one copy": {"trial_length": 2, "trial_unit": "episodes"},
@@ -104,7 +103,7 @@ def player(args, names, num_envs, trials_end=True, redraw=True):
             state._replace(inner=poisoned(mark, state.inner))
             for mark, state in zip(marks, states, strict=True)
         )
-        after, now = env.step(step_key, states, action, SPREAD[: len(raws)])
+        after, now = env.step(step_key, states, action)
         own = [beside(*x) for x in zip(raws, states, parts, strict=True)]
         return after, (tuple(state._replace(starts=()) for state in states), now, own)
 
@@ -236,18 +235,17 @@ def test_trials_start_staggered_if_asked_and_a_redraw_renews_the_start_states_on
 
 
 def test_rewards_are_divided_by_the_spread_of_their_task(played):
-    for task, spread in zip(played, SPREAD[:2], strict=True):
-        assert_close(task.now.reward * spread, task.now.raw_reward)
+    for task in played:
+        assert_close(task.now.reward * TASKS[task.name].return_std, task.now.raw_reward)
 
 
 def test_returns_are_of_one_episode(played):
     for task in played:
-        total = discounted = 0
+        total = 0
         for t, (reward, done) in enumerate(zip(task.now.raw_reward, task.now.done, strict=True)):
-            total, discounted = total + reward, task.args.gamma * discounted + reward
+            total += reward
             assert_close(task.now.episode_return[t], total)
-            assert_close(task.now.discounted_return[t], discounted)
-            total, discounted = total * ~done, discounted * ~done
+            total = total * ~done
 
 
 # ---- matrices and bodies
@@ -350,7 +348,7 @@ def made_up():
         state, _ = task.reset(key, n)
         action = jnp.einsum("nAa,na->nA", state.trial.action_matrix, wanted)
         state = state._replace(inner=jnp.arange(n))
-        return state.trial, action, task.step(key, state, action, 1.0)[1]
+        return state.trial, action, task.step(key, state, action)[1]
 
     return wanted, *jax.tree.map(np.asarray, run(KEY))
 
@@ -518,6 +516,6 @@ def test_every_task_of_a_suite_fits_into_its_sizes(suites):
             if task.is_gymnax or suite == "locomotion":  # to trace those of brax takes long
                 state, obs = jax.eval_shape(lambda key, t=task: t.reset(key, 3), KEY)
                 action = jnp.zeros((3, sizes[1]))
-                _, now = jax.eval_shape(lambda *x, t=task: t.step(*x, 1.0), KEY, state, action)
+                _, now = jax.eval_shape(lambda *x, t=task: t.step(*x), KEY, state, action)
                 assert obs.shape == now.obs.shape == (3, sum(sizes) + 3)
     assert len(seen) >= 7
