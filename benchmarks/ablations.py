@@ -25,10 +25,7 @@ import tyro
 from common import HERE, ROOT, made_by, read, write
 
 SUITES = {"cartpole": 3_072_000, "classic": 7_372_800}
-FLAGS = {
-    "frequencies of zero": ["--frequency-scale", "0"],
-    "no LayerNorm": ["--no-layer-norm"],
-}
+FLAGS = {"frequencies of zero": ["--frequency-scale", "0"], "no LayerNorm": ["--no-layer-norm"]}
 
 RAW_CHANGE = [
     (
