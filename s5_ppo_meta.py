@@ -4,8 +4,9 @@ Every trial is one task seen through a fresh pair of random matrices: one mixes 
 the other what the agent does. Nothing names the task or the matrices, so the agent has to find out
 within the trial what its actions do, and keep it in its memory across the episodes of the trial.
 
-    python s5_ppo_meta.py                           # the paper's projected CartPole, positions only
-    python s5_ppo_meta.py --suite classic --anneal-lr --total-timesteps 96000000   # more tasks
+    python s5_ppo_meta.py                           # where is the goal? better by the episode
+    python s5_ppo_meta.py --suite cartpole          # the paper's projected CartPole, positions only
+    python s5_ppo_meta.py --suite classic --total-timesteps 96000000    # five tasks at once
     python s5_ppo_meta.py --resume runs/RUN         # goes on after Ctrl-C or a kill
 
 Expect scores near 1, a specialist's, with the memory kept, and near 0, random actions', without it.
@@ -13,8 +14,8 @@ Departures from the paper:
 - PPO, not Muesli. The network is also shown the last change of the observation and of the reward.
 - S5's largest initial time step is 2, not 0.1, which would lose velocities in an average over 20
   steps. Its input is scaled to unit variance, not by zero-order hold (--zoh).
-- Gradients reach back one rollout, which is shorter than a trial. Advantages stop where an episode
-  ends: nothing pays for exploring for the sake of later episodes.
+- Gradients reach back one rollout, which may be shorter than a trial. Advantages stop where an
+  episode ends, but for suite goals, where to explore pays in later episodes (--credit trial).
 - An environment keeps its task; only matrices, starts and bodies are drawn anew for each trial.
 - An episode's end inside a trial is a flag in the observation; only a trial's end is a reset.
 - The agent sees its own unprojected action and the scaled reward.
@@ -66,6 +67,7 @@ class Task(NamedTuple):
     ranges: dict = {}  # noqa: RUF012 EnvParams drawn for each trial, from (low, high)
     seen: slice = slice(None)  # entries of the observation that the agent sees
     reward_scale: float = 1.0
+    same_start: bool = False  # episodes of a trial begin alike: a hidden goal stays where it was
 
 
 POSITIONS = {"seen": slice(0, 3, 2), "reward_scale": 1 / 200}  # no velocities
@@ -74,6 +76,8 @@ LONG_POLE = {"length": 1.0, "polemass_length": 0.1}
 PENDULUMS = {"g": (6.7, 15.0), "m": (0.67, 1.5)}
 DENSE = {"dense_reward": True}
 SLOW = DENSE | {"max_force": 0.05}
+FAST = DENSE | {"max_force": 0.2}
+HIDDEN = {"seen": slice(0, 2), "same_start": True}  # the goal
 FORCES = {"max_force": (0.067, 0.15)}
 
 # Made by benchmarks/reference_scores.py, which keeps them in reference_scores.csv. In mountain-car
@@ -100,6 +104,7 @@ TASKS = {
     "halfcheetah": Task("halfcheetah", 200, -0.58, 611.5, 16.5),
     "ant": Task("ant", 200, 200.0, 356.4, 16.0),
     "pusher": Task("pusher", 100, -52.7, -40.5, 27.3),
+    "point-goal": Task("PointRobot-misc", 10, -9.21, -5.79, 3.41, FAST, **HIDDEN),
 }
 
 # DMControl's (Tassa et al. 2018), by MuJoCo Playground's names; PointMassHard is not one of those.
@@ -132,6 +137,7 @@ class Suite(NamedTuple):
     trial_unit: str = "steps"
     eval_trial_length: int | None = None
     gamma: float = 0.99
+    credit: str = "episode"
 
 
 # Each trial draws gravity, mass or force of BODIES anew; NEW_BODIES lie outside of what is drawn.
@@ -140,6 +146,8 @@ NEW_BODIES = ("pendulum-long", "cartpole-long", "point-robot-slow")
 # Trials of one episode, in training and evaluation, at 50 or 100 steps a second.
 DMC_TRIALS = {"trial_length": 1, "trial_unit": "episodes", "eval_trial_length": 1, "gamma": 0.995}
 SUITES = {
+    # Ten steps lead to the goal, but do not suffice to find out where it is.
+    "goals": Suite(("point-goal",), (), 4, 2, 8, "episodes", credit="trial"),
     "cartpole": Suite(("cartpole-positions",), (), 4, 1, 16, "episodes"),
     "classic": Suite(
         ("pendulum", "point-robot", "cartpole", "inverted-pendulum", "reacher"),
@@ -190,7 +198,7 @@ class Args:
     tf32: bool = False  # let NVIDIA GPUs use TF32; acting and learning then differ by about 1e-3
 
     # ---- tasks; what is None here comes from the suite
-    suite: Literal[tuple(SUITES)] = "cartpole"  # tasks, sizes and trials
+    suite: Literal[tuple(SUITES)] = "goals"  # tasks, sizes and trials
     train_tasks: tuple[str, ...] | None = None  # names of TASKS, with equal shares of NUM_ENVS
     held_out_tasks: tuple[str, ...] | None = None  # tasks to evaluate on only
     projected_obs_size: int | None = None  # entries of the projected observation
@@ -222,7 +230,8 @@ class Args:
     num_minibatches: int = 32  # minibatches of a pass over the rollout, each of whole environments
     update_epochs: int = 2  # passes over each rollout
     learning_rate: float = 1e-3  # step size of Adam
-    anneal_lr: bool = False  # lower the step size linearly to zero over the run
+    anneal_lr: bool = True  # lower the step size linearly to zero over the run
+    credit: Literal["episode", "trial"] | None = None  # where a time limit ends the advantage
     gamma: float | None = None  # discount of a step; None: the suite's, 0.99 or 0.995
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
     clip_coef: float = 0.2  # epsilon of the clipped objective
@@ -288,6 +297,7 @@ class EnvState(NamedTuple):
 
     inner: tuple  # the task's own state
     trial: Trial
+    first: tuple  # state and observation that the trial began with
     starts: tuple  # n states and observations to start episodes from, redrawn every rollout
     progress: jax.Array  # (n,) int32, steps or episodes of the trial so far, as trial_unit says
     episode_length: jax.Array  # (n,) int32
@@ -520,6 +530,7 @@ class ProjectedTask:
         state = EnvState(
             inner=starts[0],
             trial=self.draw_trials(trial_key, n),
+            first=starts,
             starts=starts,
             progress=progress * self.trials_end,
             episode_length=zeros.astype(jnp.int32),
@@ -559,7 +570,8 @@ class ProjectedTask:
         trial = where(new_trial, fresh, state.trial)
         picks = jax.random.randint(start_key, (n,), 0, n)
         starts = jax.tree.map(lambda x: x[picks], state.starts)
-        inner, obs = where(done, starts, (inner, obs))
+        first = where(new_trial, starts, state.first)
+        inner, obs = where(done, first if self.task.same_start else starts, (inner, obs))
         timestep = Timestep(
             obs=self.agent_obs(obs, trial, action, reward, done, new_trial),
             reset=new_trial,
@@ -574,6 +586,7 @@ class ProjectedTask:
         state = state._replace(
             inner=inner,
             trial=trial,
+            first=first,
             progress=jnp.where(new_trial, 0, progress),
             episode_length=jnp.where(done, 0, episode_length),
             episode_return=jnp.where(done, 0.0, episode_return),
@@ -791,8 +804,8 @@ class Transition(NamedTuple):
     action: jax.Array  # (T, N, A), as drawn; the environment clips
     log_prob: jax.Array
     value: jax.Array
-    reward: jax.Array  # plus gamma times the value of the final observation where truncated
-    done: jax.Array  # action[t] ended an episode: what the advantage goes by
+    reward: jax.Array  # plus gamma times the value of what a time limit cut off
+    done: jax.Array  # action[t] ended an episode, or the trial: what the advantage goes by
 
 
 class TrainState(NamedTuple):
@@ -918,9 +931,12 @@ def make_train(args, env):
         env_state, timestep = env.step(env_key, state.env_state, action[0])
         # A time limit cuts off what the episode was still worth: add it, with the memory it had. A
         # termination is worth nothing more, though the trial goes on: else falling were free.
-        final_obs, done, no_reset = timestep.final_obs, timestep.done, jnp.zeros_like(state.reset)
-        final_value = forward(carry, final_obs[None], no_reset[None])[2][0]
-        reward = timestep.reward + args.gamma * jnp.where(timestep.truncated, final_value, 0.0)
+        cut, no_reset = timestep.done, jnp.zeros_like(state.reset)
+        if args.credit == "trial":  # then a limit within the trial cuts nothing off
+            cut &= timestep.reset | ~timestep.truncated
+        final_value = forward(carry, timestep.final_obs[None], no_reset[None])[2][0]
+        cut_value = jnp.where(cut & timestep.truncated, final_value, 0.0)
+        reward = timestep.reward + args.gamma * cut_value
         transition = Transition(
             obs=state.obs,
             reset=state.reset,
@@ -928,10 +944,11 @@ def make_train(args, env):
             log_prob=gaussian((mean, log_std), action)[0][0],
             value=value[0],
             reward=reward,
-            done=done,
+            done=cut,
         )
         obs, reset = timestep.obs, timestep.reset
         state = state._replace(env_state=env_state, obs=obs, reset=reset, carry=carry)
+        done = timestep.done
         sums = jnp.stack([done, done * timestep.episode_return, timestep.failed])  # (3, N)
         return state, (transition, sums.reshape(3, K, -1).sum(2))
 

@@ -9,7 +9,8 @@ uniformly random actions and of no action; `spread`, the standard deviation of t
 returns of random actions (TASKS' return_std); and the mean return that one seed of s5_ppo_meta.py
 reaches on that task alone, unprojected, over the last tenth of its training (actions are drawn, and
 an episode that the end of a trial cuts off counts as it is). `command` and `commit` are what made
-the specialist: older versions had another network and step size.
+the specialist: older versions had another network and step size. Where the goal is hidden (GOALS),
+the specialist is a point robot that sees it and goes straight there.
 """
 
 import tempfile
@@ -24,6 +25,8 @@ from common import HERE, made_by, read, train, write
 
 from s5_ppo_meta import DMC, TASKS, Environment, ProjectedTask
 from s5_ppo_meta import Args as ScriptArgs
+
+GOALS = ("point-goal",)
 
 
 @dataclass
@@ -46,8 +49,23 @@ def alone(name):
     }
 
 
-def fixed_policy(name, size, episodes):
-    """Mean return of the first episode in each copy, and the spread of all discounted returns."""
+def random_actions(key, state, size):
+    return jax.random.uniform(key, (len(state.progress), size), minval=-1, maxval=1)
+
+
+def no_actions(key, state, size):
+    return jnp.zeros((len(state.progress), size))
+
+
+def straight_to_the_goal(key, state, size):
+    return (state.inner.goal - state.inner.pos) / TASKS[GOALS[0]].params["max_force"]
+
+
+def fixed_policy(name, policy, episodes):
+    """Mean return of the first episode in each copy, and the spread of all discounted returns.
+
+    policy: a function of a key, the task's EnvState and the size of an action.
+    """
     args = ScriptArgs(**alone(name), projection=False)
     gamma = 0.99
     env, A = Environment((name,), args, trials_end=False), args.projected_action_size
@@ -55,8 +73,7 @@ def fixed_policy(name, size, episodes):
     def step(carry, key):
         state, returns, discounted, alive = carry
         action_key, env_key = jax.random.split(key)
-        action = size * jax.random.uniform(action_key, (episodes, A), minval=-1, maxval=1)
-        state, now = env.step(env_key, state, action)
+        state, now = env.step(env_key, state, policy(action_key, state[0], A))
         returns += jnp.where(alive, now.raw_reward, 0.0)
         discounted = gamma * discounted + now.raw_reward
         now_and_next = discounted, jnp.where(now.done, 0.0, discounted)
@@ -92,10 +109,12 @@ def main():
     path = HERE / "reference_scores.csv"
     for name in args.tasks:
         start, rows = time.time(), {row["task"]: row for row in read(path)}
-        random_return, spread = fixed_policy(name, 1.0, args.episodes)
-        idle_return, _ = fixed_policy(name, 0.0, args.episodes)
+        random_return, spread = fixed_policy(name, random_actions, args.episodes)
+        idle_return, _ = fixed_policy(name, no_actions, args.episodes)
         row = {"task": name, "random": random_return, "idle": idle_return, "spread": spread}
-        if args.steps:
+        if name in GOALS:
+            row |= {"specialist": fixed_policy(name, straight_to_the_goal, args.episodes)[0]}
+        elif args.steps:
             row |= {"specialist": specialist(name, args.steps), "specialist_steps": args.steps}
             row["seconds"] = round(time.time() - start)
             row["command"] = f"benchmarks/reference_scores.py --tasks {name} --steps {args.steps}"

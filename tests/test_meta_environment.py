@@ -4,6 +4,7 @@ the tasks are real."""
 import subprocess
 import sys
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -246,6 +247,40 @@ def test_returns_are_of_one_episode(played):
             total += reward
             assert_close(task.now.episode_return[t], total)
             total = total * ~done
+
+
+def test_episodes_of_a_trial_begin_alike_where_the_goal_is_hidden_and_trials_do_not():
+    patch = {"point-goal": TASKS["point-goal"]._replace(episode_length=3)}
+    args = Args(**SIZES, train_tasks=("point-goal",), trial_length=3, trial_unit="episodes")
+    with pytest.MonkeyPatch.context() as context:
+        context.setitem(TASKS, *patch.popitem())
+        env = Environment(args.train_tasks, args)
+    n, steps = 5, 40
+    keys = jax.random.split(KEY, steps)
+    actions = jax.random.uniform(KEY, (steps, n, A), minval=-1, maxval=1)
+
+    def step(states, inputs):
+        key, action = inputs
+        states, now = env.step(key, env.redraw(key, states), action)
+        return states, (states[0].inner, states[0].trial.obs_matrix, now)
+
+    @jax.jit
+    def run():
+        return jax.lax.scan(step, env.reset(KEY, n)[0], (keys, actions))[1]
+
+    inner, matrix, now = jax.tree.map(np.asarray, run())
+    goals = 0
+    for i in range(n):
+        starts = np.flatnonzero(now.done[:, i])
+        for one, following in pairwise(starts):
+            pos, goal = inner.pos[[one, following], i], inner.goal[[one, following], i]
+            same = not now.reset[following, i]
+            assert (pos[0] == pos[1]).all() == (goal[0] == goal[1]).all() == same
+            assert (matrix[one, i] == matrix[following, i]).all() == same
+            between = slice(one, following)
+            assert (inner.goal[between, i] == goal[0]).all()
+            goals += not same
+    assert goals > n
 
 
 # ---- matrices and bodies

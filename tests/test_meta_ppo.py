@@ -2,7 +2,7 @@
 
 import csv
 import json
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise, product
 from types import SimpleNamespace
 
@@ -72,14 +72,14 @@ def columns(tree, order, axis):
     return jax.tree.map(lambda x: np.take(x, order, axis), tree)
 
 
-@pytest.fixture(scope="module")
-def rollouts():
+@cache
+def play_rollouts(credit):
     """Three rollouts at a step size of zero, and the second again with physics that fails.
 
     Of each: the states before and after it, its metrics, the Timesteps that the environments gave,
     and each (carry, batch, advantage, target) learnt from, its environments put in order.
     """
-    args, learnt, stepped, result = Args(**TINY), [], [], []
+    args, learnt, stepped, result = Args(**TINY, credit=credit), [], [], []
     env = Environment(args.train_tasks, args)
     env_step = env.step
 
@@ -134,6 +134,11 @@ def rollouts():
     inner = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), inner, first.inner)
     failing = result[1].before._replace(env_state=(first._replace(inner=inner), second))
     return SimpleNamespace(good=result, failed=rollout(failing))
+
+
+@pytest.fixture(scope="module")
+def rollouts():
+    return play_rollouts("episode")
 
 
 @pytest.fixture(scope="module")
@@ -206,13 +211,18 @@ def test_episodes_end_by_a_fall_a_limit_or_their_trial_and_only_the_trial_resets
     assert (trial_end & ~fallen & ~limit).any()
 
 
+@pytest.mark.parametrize("credit", ["episode", "trial"])
 def test_a_fall_costs_the_future_and_a_limit_adds_its_value_in_the_memory_of_before_the_reset(
-    rollouts, apply
+    credit, apply
 ):
     args, by_memory = Args(**TINY), 0.0
-    for r in rollouts.good:
+    for r in play_rollouts(credit).good:
         epoch, batch, now, params = r.epochs[0], r.epochs[0].batch, r.now, r.before.params
         carry, (value, reward) = r.before.carry, np.zeros((2, T, N))
+        within = now.truncated & ~now.reset  # limits after which the trial goes on
+        assert within.any() and (now.truncated & now.reset).any()
+        cut = now.done & ~within if credit == "trial" else now.done
+        np.testing.assert_array_equal(batch.done, cut)
         for t in range(T):
             row, no_reset = slice(t, t + 1), np.zeros((1, N), bool)
             final_obs = now.final_obs[row]
@@ -220,14 +230,14 @@ def test_a_fall_costs_the_future_and_a_limit_adds_its_value_in_the_memory_of_bef
             _, _, final_value = apply(params, carry, final_obs, no_reset)
             _, _, forgetful = apply(params, carry, final_obs, ~no_reset)
             value[t] = v[0]
-            reward[t] = now.reward[t] + args.gamma * now.truncated[t] * final_value[0]
+            reward[t] = now.reward[t] + args.gamma * (cut & now.truncated)[t] * final_value[0]
             by_memory = max(by_memory, np.abs(now.reset[t] * (final_value - forgetful)).max())
         np.testing.assert_allclose(batch.reward, reward, atol=1e-4)
         _, _, following = apply(params, carry, r.after.obs[None], r.after.reset[None])
         advantage, next_value, later = np.zeros((T, N)), following[0], np.zeros(N)
         for t in reversed(range(T)):
-            delta = reward[t] + args.gamma * ~now.done[t] * next_value - value[t]
-            later = delta + args.gamma * args.gae_lambda * ~now.done[t] * later
+            delta = reward[t] + args.gamma * ~cut[t] * next_value - value[t]
+            later = delta + args.gamma * args.gae_lambda * ~cut[t] * later
             advantage[t], next_value = later, value[t]
         np.testing.assert_allclose(epoch.advantage, advantage, atol=1e-4)
         np.testing.assert_allclose(epoch.target, advantage + value, atol=1e-4)
