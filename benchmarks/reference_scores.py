@@ -22,13 +22,13 @@ import numpy as np
 import tyro
 from common import HERE, made_by, read, train, write
 
-from s5_ppo_meta import DMC, TASKS, Environment, ProjectedTask
+from s5_ppo_meta import DMC, POPGYM, TASKS, Environment, ProjectedTask
 from s5_ppo_meta import Args as ScriptArgs
 
 
 @dataclass
 class Args:
-    tasks: tuple[str, ...] = tuple(x for x in TASKS if x not in DMC)  # rows of TASKS
+    tasks: tuple[str, ...] = tuple(x for x in TASKS if x not in DMC | POPGYM)  # rows of TASKS
     steps: int = 1_500_000  # training steps of a specialist; 0 keeps the stored ones
     episodes: int = 256  # episodes of random and of no actions
 
