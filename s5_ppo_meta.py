@@ -68,6 +68,7 @@ class Task(NamedTuple):
     seen: slice = slice(None)  # entries of the observation that the agent sees
     reward_scale: float = 1.0
     same_start: bool = False  # episodes of a trial begin alike: a hidden goal stays where it was
+    noise_std: float = 0.0  # of noise on what is seen, clipped to its bounds; gymnax only
 
 
 POSITIONS = {"seen": slice(0, 3, 2), "reward_scale": 1 / 200}  # no velocities
@@ -106,6 +107,16 @@ TASKS = {
     "pusher": Task("pusher", 100, -52.7, -40.5, 27.3),
     "point-goal": Task("PointRobot-misc", 10, -9.21, -5.79, 3.41, FAST, **HIDDEN),
 }
+
+# POPGym's (Morad et al. 2023), Hard; scores are its returns: rewards count (r - LEAST / 2) / steps
+# in units of -LEAST / 2, from -1 to 1.
+LEAST = -(np.pi**2 + 0.1 * 8**2 + 0.001 * 2**2)  # upside down, at full speed and force
+ANGLE = {"seen": slice(0, 2)}
+POPGYM = {
+    "pendulum-stateless": Task("Pendulum-v1", 100, 50 * LEAST, 0.0, 131.0, **ANGLE),
+    "pendulum-noisy": Task("Pendulum-v1", 200, 100 * LEAST, 0.0, 176.0, **ANGLE, noise_std=0.3),
+}
+TASKS |= POPGYM
 
 # DMControl's (Tassa et al. 2018), by MuJoCo Playground's names; PointMassHard is not one of those.
 DMC = {
@@ -477,7 +488,7 @@ class ProjectedTask:
             state = self.env.reset(key)
             return state, state.obs
         obs, state = self.env.reset_env(key, self.params)  # a body changes no start
-        return state, jnp.float32(obs[self.task.seen])
+        return state, self.seen(key, obs)
 
     def physics(self, key, state, action, body):
         """One step with action (a,) in [-1, 1]: state, observation (o,), reward, terminated."""
@@ -493,7 +504,16 @@ class ProjectedTask:
             action = jnp.float32(space.low + share * (space.high - space.low))
         obs, state, reward, terminated, _ = self.env.step_env(key, state, action, params)
         reward = jnp.float32(reward) * self.task.reward_scale
-        return state, jnp.float32(obs[self.task.seen]), reward, terminated
+        return state, self.seen(key, obs), reward, terminated
+
+    def seen(self, key, obs):
+        """What is seen of a gymnax observation, (o,)."""
+        if self.task.noise_std:
+            noise_key = jax.random.split(key)[1]  # what the task draws, it draws from key
+            space = self.env.observation_space(self.params)
+            obs += self.task.noise_std * jax.random.normal(noise_key, obs.shape)
+            obs = jnp.clip(obs, space.low, space.high)
+        return jnp.float32(obs[self.task.seen])
 
     # ---- n copies
     def draw_trials(self, key, n) -> Trial:

@@ -62,10 +62,12 @@ class Args:
     tf32: bool = False  # let NVIDIA GPUs use TF32; acting and learning then differ by about 1e-3
 
     # ---- task
-    env_id: str = "MemoryChain-bsuite"  # gymnax environment: flat Box observation, Discrete actions
+    env_id: str = "MemoryChain-bsuite"  # gymnax's, flat Box to Discrete, or else RepeatPrevious
     memory_length: int = 128  # longest memory trained: the step, from 0, that asks for the cue
     min_memory_length: int = 4  # shortest; every episode draws its own, between the two
     observe_action: bool = False  # show the last action: in MemoryChain it can carry the cue on
+    seen: tuple[int, ...] = ()  # entries of the observation that the agent sees; none named: all
+    noise_std: float = 0.0  # of the Gaussian noise on these, which are then clipped to their bounds
     env_params: dict[str, float] = field(default_factory=dict)  # other EnvParams: NAME VALUE ...
     eval_episodes: int = 128  # greedy episodes of each seed in the evaluation at the end
 
@@ -104,6 +106,8 @@ class Args:
         for name in (sizes + "num_envs num_steps num_minibatches update_epochs").split():
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1")
+        if not 0 <= self.noise_std < np.inf:
+            raise ValueError(f"--noise-std {self.noise_std} is no standard deviation")
         if self.num_envs % (self.num_minibatches * self.num_devices):
             raise ValueError("--num-envs is no multiple of --num-minibatches x --num-devices")
         if self.num_updates * self.update_epochs * self.num_minibatches >= 2**31:
@@ -124,6 +128,47 @@ class Args:
 
 
 # ==== Environment: N copies of one task behind `reset` and `step` =================================
+class RepeatPrevious:
+    """POPGym's task (Morad et al. 2023) behind gymnax's interface: which suit came k - 1 steps ago?
+
+    Each step shows the suit of the next of 52 (k // 32 + 1) shuffled cards. From the k-th card on,
+    an answer counts 1 / (cards - k), a wrong one minus that. k is memory_length, which the agent is
+    not told: 4, 32 and 64 are POPGym's Easy, Medium and Hard. A state is the suits shown, card t at
+    t mod `longest`, how many cards of each suit these are (4,), and t of the last.
+    """
+
+    longest = 1024
+
+    def __init__(self):
+        from gymnax.environments.bsuite.memory_chain import EnvParams  # the same two serve here
+        from gymnax.environments.spaces import Box, Discrete
+
+        self.default_params = EnvParams()
+        self.observation_space, self.action_space = lambda _: Box(0, 1, (4,)), lambda _: Discrete(4)
+
+    def deal(self, key, shown, dealt, t, params):
+        """Observation (4,) and state as card t is shown: one of those that are left."""
+        left = 13 * (params.memory_length // 32 + 1) - dealt
+        suit = jax.random.categorical(key, jnp.log(left))
+        shown = shown.at[t % self.longest].set(suit)
+        return jax.nn.one_hot(suit, 4), (shown, dealt.at[suit].add(1), t)
+
+    def reset(self, key, params):
+        shown, dealt = jnp.zeros(self.longest, jnp.int32), jnp.zeros(4, jnp.int32)
+        return self.deal(key, shown, dealt, jnp.int32(0), params)
+
+    def step(self, key, state, action, params):
+        (shown, dealt, t), k, (key, reset_key) = state, params.memory_length, jax.random.split(key)
+        cards = 52 * (k // 32 + 1)
+        right = action == shown[(t + 1 - k) % self.longest]
+        reward = jnp.where(t + 1 < k, 0.0, jnp.where(right, 1.0, -1.0) / (cards - k))
+        obs, state = self.deal(key, shown, dealt, t + 1, params)
+        terminated, truncated = t + 2 == cards, t + 1 >= params.max_steps_in_episode
+        choose = partial(jnp.where, terminated | truncated)
+        after = jax.tree.map(choose, self.reset(reset_key, params), (obs, state))
+        return *after, reward, terminated, truncated, {"final_observation": obs}
+
+
 class Timestep(NamedTuple):
     """What a step of N environments returns."""
 
@@ -147,10 +192,12 @@ class Environment:
         import gymnax  # here, since it takes three seconds: --help need not wait for it
         from gymnax.wrappers import LogWrapper
 
+        if "RepeatPrevious" not in gymnax.registered_envs:
+            gymnax.register("RepeatPrevious", RepeatPrevious)
         env, params = gymnax.make(args.env_id)
         self.env, self.args = LogWrapper(env), args
-        self.is_memory_chain = env.name == "MemoryChain-bsuite"
-        if self.is_memory_chain:  # whose limit of 1,000 steps would end longer memories
+        self.has_memory_length = hasattr(params, "memory_length")
+        if self.has_memory_length:  # MemoryChain's limit of 1,000 steps would end longer memories
             params = params.replace(max_steps_in_episode=2**30)
         for name, value in args.env_params.items():
             params = params.replace(**{name: type(getattr(params, name))(value)})
@@ -158,11 +205,17 @@ class Environment:
         observation, action = env.observation_space(params), env.action_space(params)
         if len(observation.shape) != 1 or not hasattr(action, "n"):
             raise ValueError(f"{args.env_id} has no flat Box to observe or no Discrete actions")
-        self.num_actions = action.n
+        if 4 * args.memory_length > getattr(env, "longest", np.inf):  # the longest that is asked
+            raise ValueError(f"--memory-length {args.memory_length}: at most {env.longest // 4}")
+        self.num_actions, self.bounds = action.n, (observation.low, observation.high)
+        self.seen = np.arange(observation.shape[0])[[*args.seen] or slice(None)]
 
-    def agent_obs(self, obs, action, reward, reset):
+    def agent_obs(self, key, obs, action, reward, reset):
         """What the agent sees, (N, O), from gymnax's observation and what led to it, (N, ...)."""
-        previous = reward[:, None]
+        if self.args.noise_std:
+            noise = self.args.noise_std * jax.random.normal(key, obs.shape)
+            obs = jnp.clip(obs + noise, *self.bounds)
+        obs, previous = obs[:, self.seen], reward[:, None]
         if self.args.observe_action:
             action = jax.nn.one_hot(action, self.num_actions)
             previous = jnp.concatenate([action, previous], axis=1)
@@ -178,35 +231,34 @@ class Environment:
 
     def reset(self, key, num_envs, memory_length=None):
         """State and obs (N, O). memory_length: that of the first episodes; None draws them."""
-        length_key, key = jax.random.split(key)
+        length_key, key, noise_key = jax.random.split(key, 3)
         params = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_envs, *jnp.shape(x))), self.params)
-        if self.is_memory_chain:
+        if self.has_memory_length:
             drawn = self.draw_lengths(length_key, num_envs)
             length = drawn if memory_length is None else jnp.full(num_envs, memory_length)
             params = params.replace(memory_length=length)
         obs, inner = jax.vmap(self.env.reset)(jax.random.split(key, num_envs), params)
         none, true = jnp.zeros(num_envs, jnp.int32), jnp.ones(num_envs, bool)
-        return (inner, params), self.agent_obs(obs, none, none, true)
+        return (inner, params), self.agent_obs(noise_key, obs, none, none, true)
 
     def step(self, key, state, action):
         """Steps all N environments with action (N,) int32; those that end start anew."""
-        (inner, params), (length_key, key) = state, jax.random.split(key)
+        (inner, params), (length_key, key, noise_key) = state, jax.random.split(key, 3)
         keys = jax.random.split(key, len(action))
         step = jax.vmap(self.env.step)
         obs, inner, reward, terminated, truncated, info = step(keys, inner, action, params)
         reward, done = reward.astype(jnp.float32), terminated | truncated
-        if self.is_memory_chain:
+        if self.has_memory_length:
             drawn = self.draw_lengths(length_key, len(done))
             length = jnp.where(done, drawn, params.memory_length)
             params = params.replace(memory_length=length)
+        final_obs = info["final_observation"]
         return (inner, params), Timestep(
-            obs=self.agent_obs(obs, action, reward, done),
+            obs=self.agent_obs(noise_key, obs, action, reward, done),
             reward=reward,
             done=done,
             truncated=truncated & ~terminated,
-            final_obs=self.agent_obs(
-                info["final_observation"], action, reward, jnp.zeros_like(done)
-            ),
+            final_obs=self.agent_obs(noise_key, final_obs, action, reward, jnp.zeros_like(done)),
             episode_return=info["returned_episode_returns"],
         )
 
@@ -576,11 +628,11 @@ def evaluate(params, key, memory_length, args, env):
 def report(run_dir, state, keys, timing, args, env):
     """Writes and prints mean returns, of all seeds, also at lengths not trained on: eval.json."""
     of_seeds = jax.jit(jax.vmap(partial(evaluate, args=args, env=env), (0, 0, None)))
-    factors = (0.5, 1, 2, 4) if env.is_memory_chain else ()
+    factors = (0.5, 1, 2, 4) if env.has_memory_length else ()
     lengths = [max(1, int(args.memory_length * factor)) for factor in factors] or [0]
     means = {length: of_seeds(state.params, keys, length).mean(1).tolist() for length in lengths}
     write(run_dir / "eval.json", json.dumps({"mean_return": means} | timing, indent=2).encode())
-    print("mean return of greedy episodes" + ", by memory length" * env.is_memory_chain)
+    print("mean return of greedy episodes" + ", by memory length" * env.has_memory_length)
     table = pd.DataFrame({"seed": range(args.seed, args.seed + args.num_seeds)} | means)
     print(table.to_string(index=False, float_format="%.2f", col_space=6))
 
@@ -668,7 +720,7 @@ def main():
     args, flags = parse_flags()
     jax.config.update("jax_enable_x64", False)
     jax.config.update("jax_default_matmul_precision", "default" if args.tf32 else "highest")
-    with refuse("--env-id, --env-params or --num-devices"):
+    with refuse("--env-id, --env-params, --seen or --num-devices"):
         env = Environment(args)
         init, train = make_train(args, env)
     name = f"{Path(__file__).stem}__{args.env_id}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"

@@ -1,6 +1,7 @@
 """What a network learned in context: trials on fresh matrices, with its memory kept and wiped.
 
-    python benchmarks/adaptation.py --suite cartpole    # trains 6 runs: 20 minutes on one core
+    python benchmarks/adaptation.py --suite goals       # trains 6 runs: half an hour on one core
+    python benchmarks/adaptation.py --suite cartpole    # the same
     python benchmarks/adaptation.py --suite classic     # 5 hours on one core; bodies as well
     python benchmarks/adaptation.py --suite locomotion  # for a GPU: ten minutes a run on an H100
     python benchmarks/adaptation.py --suite classic runs/A runs/B     # of finished runs
@@ -33,10 +34,10 @@ from matplotlib.lines import Line2D
 import s5_ppo_meta
 from s5_ppo_meta import Environment, refuse
 
-LONG = ["--anneal-lr", "--total-timesteps", "96000000"]
-GPU = ["--anneal-lr", "--total-timesteps", "160000000", "--num-envs", "7680", "--num-steps", "64"]
+LONG = ["--total-timesteps", "96000000"]
+GPU = ["--total-timesteps", "160000000", "--num-envs", "7680", "--num-steps", "64"]
 GPU += ["--num-minibatches", "96", "--log-interval", "5"]
-FLAGS = {"cartpole": [], "classic": LONG, "bodies": LONG, "locomotion": GPU}
+FLAGS = {"goals": [], "cartpole": [], "classic": LONG, "bodies": LONG, "locomotion": GPU}
 COLORS = {"kept": "C0", "wiped every episode": "C1", "wiped every step": "C2"}
 COLORS |= {"trained without": "black"}
 LOWEST = -0.6  # score at which the figures end

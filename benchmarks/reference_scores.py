@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 from common import HERE, made_by, read, train, write
 
-from s5_ppo_meta import DMC, TASKS, Environment, ProjectedTask
+from s5_ppo_meta import DMC, POPGYM, TASKS, Environment, ProjectedTask
 from s5_ppo_meta import Args as ScriptArgs
 
 GOALS = ("point-goal",)
@@ -31,7 +31,7 @@ GOALS = ("point-goal",)
 
 @dataclass
 class Args:
-    tasks: tuple[str, ...] = tuple(x for x in TASKS if x not in DMC)  # rows of TASKS
+    tasks: tuple[str, ...] = tuple(x for x in TASKS if x not in DMC | POPGYM)  # rows of TASKS
     steps: int = 1_500_000  # training steps of a specialist; 0 keeps the stored ones
     episodes: int = 256  # episodes of random and of no actions
 
@@ -93,7 +93,7 @@ def fixed_policy(name, policy, episodes):
 
 def specialist(name, steps):
     """Mean return over the last tenth of a run."""
-    flags = ["--no-projection", "--total-timesteps", steps, "--anneal-lr", "--num-layers", 2]
+    flags = ["--no-projection", "--total-timesteps", steps, "--num-layers", 2]
     flags += ["--num-envs", 160, "--num-minibatches", 4, "--update-epochs", 4, "--eval-trials", 2]
     for flag, value in alone(name).items():
         values = value if isinstance(value, tuple) else (value,)

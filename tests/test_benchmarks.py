@@ -3,8 +3,10 @@
 import importlib.util
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ import adaptation
 import common
 import compose
 import memory_length
+import popgym_hard
 import reference_scores
 import s5_layer
 import scaling
@@ -29,6 +32,13 @@ import s5_ppo_meta
 
 SMALL = {"num_minibatches": 2, "update_epochs": 1, "d_model": 8, "state_size": 4}
 SMALL |= {"num_envs": 4, "num_steps": 8, "encoder_size": 8, "head_size": 8, "log_interval": 1}
+
+
+def module_of(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
 def leave_a_run(script, run_dir, **flags):
@@ -216,6 +226,110 @@ def test_runs_are_asked_and_new_rows_replace_those_of_their_cell(monkeypatch, tm
     assert (tmp_path / "memory_length.png").read_bytes().startswith(b"\x89PNG")
 
 
+# ---- POPGym
+@pytest.fixture
+def popgym_folder(tmp_path, monkeypatch):
+    """Small networks and rollouts, and results and runs in a folder of their own."""
+    small = "--num-envs 4 --num-steps 64 --num-minibatches 2 --update-epochs 1 --log-interval 1"
+    small += " --encoder-size 8 --head-size 8 --d-model 8"
+    sizes = {"S5": "--num-layers 1 --state-size 4", "LSTM": "--num-layers 1 --hidden-size 4"}
+    models = {name: (popgym_hard.MODELS[name][0], sizes[name]) for name in sizes}
+    settings = {"HERE": tmp_path, "RUNS": tmp_path / "runs", "FLAGS": small}
+    settings |= {"META": "--eval-trials 2 --eval-trial-length 1", "MEMORY": "--eval-episodes 2"}
+    for name, x in settings.items():
+        monkeypatch.setattr(popgym_hard, name, x)
+    for name, x in models.items():
+        monkeypatch.setitem(popgym_hard.MODELS, name, x)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("task", "model"), [("StatelessCartPole", "S5"), ("StatelessPendulum", "LSTM")]
+)
+def test_popgyms_runs_are_recorded_once_and_gone_on_with(popgym_folder, monkeypatch, task, model):
+    commands, run = [], subprocess.run
+
+    def spy(command, **kwargs):
+        commands.append(command)
+        return run(command, **kwargs)
+
+    def main(*more):
+        flags = ["--tasks", task, "--models", model, "--num-seeds", "2", "--steps", "1280", *more]
+        monkeypatch.setattr(sys, "argv", ["popgym_hard.py", *flags])
+        popgym_hard.main()
+        return [pd.read_csv(popgym_folder / f"{name}.csv") for name in ("popgym", "popgym_curves")]
+
+    monkeypatch.setattr(popgym_hard.subprocess, "run", spy)
+    rows, curves = main()
+    assert len(commands) == 1 and rows.seed.tolist() == [0, 1] and len(curves) == 2 * 5
+    (folder,) = (popgym_folder / "runs").iterdir()
+    (metrics,) = folder.glob("runs/*/metrics.csv")
+    metrics, pole = pd.read_csv(metrics), task == "StatelessCartPole"
+    wanted = metrics["charts/episodic_return"] / 600 if pole else metrics["charts/score"]
+    wanted = wanted.groupby(metrics.seed)
+    np.testing.assert_allclose(rows.max_return, wanted.max(), atol=1e-4)
+    np.testing.assert_allclose(rows.final_return, wanted.last(), atol=1e-4)
+    low, high = (8 / 600, 60 / 600) if pole else (-1, 1)
+    assert rows.max_return.between(low, high).all() and rows.parameters.between(200, 5000).all()
+    assert (popgym_folder / "popgym.png").read_bytes().startswith(b"\x89PNG")
+
+    if not pole:
+        return
+    main()  # has nothing left to run
+    assert len(commands) == 1
+    rows[rows.seed == 0].to_csv(popgym_folder / "popgym.csv", index=False)
+    again, points = main()  # as if stopped before its end: goes on from its checkpoint
+    assert commands[1][2:] == ["--resume", f"runs/{next(folder.glob('runs/*')).name}"]
+    assert again.max_return.tolist() == rows.max_return.tolist() and len(points) == len(curves)
+    stopped = Mock(side_effect=SystemExit)
+    monkeypatch.setattr(popgym_hard.subprocess, "run", stopped)
+    with pytest.raises(SystemExit):
+        main("--again")
+    assert "--resume" not in stopped.call_args[0][0] and not list(folder.glob("runs/*"))
+
+
+def test_popgyms_returns_are_the_largest_and_the_last_of_each_seed(tmp_path, monkeypatch):
+    steps, n = np.arange(1, 251) * 10, 250
+    returns = np.stack([np.linspace(0, 600, n), np.linspace(300, 0, n)])
+    returns[1, 0] = np.nan  # no episode ended
+    seeds = [
+        {"global_step": steps, "seed": i, "charts/episodic_return": x, "charts/SPS": 5.0}
+        for i, x in enumerate(returns)
+    ]
+    pd.concat(map(pd.DataFrame, seeds)).to_csv(tmp_path / "metrics.csv", index=False)
+    (tmp_path / "config.json").write_text('{"device": "cpu", "git_commit": "0123456789"}')
+    (tmp_path / "eval.json").write_text("{}")
+    rows, points = popgym_hard.rows_of("StatelessCartPole", "S5", 2500, tmp_path, 7)
+    assert rows.max_return.tolist() == [1, round(returns[1, 1] / 600, 4)]
+    np.testing.assert_allclose(rows.final_return, returns[:, -25:].mean(1) / 600, atol=1e-4)
+    assert (rows.seconds_all_seeds == 2500 / 5).all() and (rows.parameters == 7).all()
+    assert 50 <= len(points) / 2 <= 100 and (rows.commit == "0123456").all()
+
+
+def test_popgyms_models_have_equally_many_parameters():
+    for task in ("StatelessCartPole", "NoisyStatelessPendulum"):
+        sizes = []
+        for model in ("S5", "LSTM", "Transformer"):
+            with tempfile.TemporaryDirectory() as folder:
+                path, flags = popgym_hard.prepare(task, model, Path(folder))
+                script = module_of(path)
+            args = tyro.cli(script.Args, args=flags)
+            tasks = [args.train_tasks] if task.endswith("Pendulum") else []
+            init, _ = script.make_train(args, script.Environment(*tasks, args))
+            params = jax.eval_shape(init, jax.random.PRNGKey(0)).params
+            sizes.append(sum(x.size for x in jax.tree.leaves(params)))
+        assert max(sizes) < 1.1 * min(sizes)
+
+
+def test_popgyms_table_has_the_papers_numbers_and_a_dash_for_what_was_not_run(capsys):
+    row = {"task": "RepeatPrevious", "model": "LSTM", "steps": 1}
+    rows = [row | {"seed": seed, "max_return": x} for seed, x in ((1, 0.25), (0, -0.5))]
+    popgym_hard.print_table(pd.DataFrame(rows))
+    assert (
+        "| RepeatPrevious | – | -0.50 0.25 | – | – | 0.91 -0.46 -0.48 |" in capsys.readouterr().out
+    )
+
+
 # ---- speed
 def test_scaling_measures_the_three_models():
     rows = scaling.measure("layer", 32, scaling.Args(max_attention_length=16))
@@ -270,10 +384,7 @@ def test_a_composed_script_has_the_model_and_the_task_and_acts_as_it_learns(tmp_
     )
     subprocess.run([sys.executable, "-m", "ruff", "check", "-q", path], check=True)
     subprocess.run([sys.executable, "-m", "ruff", "format", "--check", "-q", path], check=True)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-
+    script = module_of(path)
     flags = {flag: SMALL[flag] for flag in SMALL if flag != "state_size"} | {"num_minibatches": 1}
     flags |= {"log_interval": 2, "num_layers": 1, OF_MODEL[model]: 6}
     args = script.Args(**flags)

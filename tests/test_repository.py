@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from s5_ppo_meta import DMC, TASKS
+from s5_ppo_meta import DMC, POPGYM, TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {path.stem: path.read_text() for path in sorted(ROOT.glob("*.py"))}
@@ -119,7 +119,7 @@ def test_no_line_is_over_100_columns_and_no_function_over_100_lines(name):
 
 @pytest.mark.xfail(
     strict=False,
-    reason="for now: s5_ppo_memory 735, lstm_ppo 673, transformer_ppo 740, s5_ppo_meta 1314 lines",
+    reason="for now: s5_ppo_memory 789, lstm_ppo 725, transformer_ppo 792, s5_ppo_meta 1334 lines",
 )
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_is_short_enough_to_be_read(name):
@@ -129,7 +129,8 @@ def test_a_script_is_short_enough_to_be_read(name):
 def test_the_reference_scores_of_all_tasks_are_the_measured_ones():
     with (ROOT / "benchmarks" / "reference_scores.csv").open(newline="") as f:
         rows = list(csv.DictReader(f))
-    assert {row["task"] for row in rows} == TASKS.keys() - DMC.keys()  # whose scores are set
+    set_by_others = DMC.keys() | POPGYM.keys()
+    assert {row["task"] for row in rows} == TASKS.keys() - set_by_others
     for row in rows:
         task = TASKS[row["task"]]
         baseline = max(float(row["random"]), float(row["idle"]))
