@@ -116,6 +116,7 @@ def main():
             row |= {"specialist": fixed_policy(name, straight_to_the_goal, args.episodes)[0]}
         elif args.steps:
             row |= {"specialist": specialist(name, args.steps), "specialist_steps": args.steps}
+        if "specialist" in row:
             row["seconds"] = round(time.time() - start)
             row["command"] = f"benchmarks/reference_scores.py --tasks {name} --steps {args.steps}"
             row["commit"] = made_by()["commit"]
