@@ -118,7 +118,8 @@ def main():
             row |= {"specialist": specialist(name, args.steps), "specialist_steps": args.steps}
         if "specialist" in row:
             row["seconds"] = round(time.time() - start)
-            row["command"] = f"benchmarks/reference_scores.py --tasks {name} --steps {args.steps}"
+            effort = f"--episodes {args.episodes}" if name in GOALS else f"--steps {args.steps}"
+            row["command"] = f"benchmarks/reference_scores.py --tasks {name} {effort}"
             row["commit"] = made_by()["commit"]
         row = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
         print(row, flush=True)

@@ -208,7 +208,7 @@ def swing(name, n, num_steps):
     actions = jax.random.uniform(keys[0], (num_steps, n, 1), minval=-1.5, maxval=1.5)
 
     def step(state, inputs):
-        after, timestep = task.step(inputs[0], state, inputs[1], 1.0)
+        after, timestep = task.step(inputs[0], state, inputs[1])
         return after, (state.inner, timestep)
 
     @jax.jit
