@@ -77,7 +77,7 @@ LONG_POLE = {"length": 1.0, "polemass_length": 0.1}
 PENDULUMS = {"g": (6.7, 15.0), "m": (0.67, 1.5)}
 DENSE = {"dense_reward": True}
 SLOW = DENSE | {"max_force": 0.05}
-FAST = DENSE | {"max_force": 0.2}
+FAST = DENSE | {"max_force": 0.2, "goal_radius": 0.0}  # there it would be put elsewhere
 HIDDEN = {"seen": slice(0, 2), "same_start": True}  # the goal
 FORCES = {"max_force": (0.067, 0.15)}
 
@@ -105,7 +105,7 @@ TASKS = {
     "halfcheetah": Task("halfcheetah", 200, -0.58, 611.5, 16.5),
     "ant": Task("ant", 200, 200.0, 356.4, 16.0),
     "pusher": Task("pusher", 100, -52.7, -40.5, 27.3),
-    "point-goal": Task("PointRobot-misc", 10, -9.21, -5.79, 3.41, FAST, **HIDDEN),
+    "point-goal": Task("PointRobot-misc", 10, -8.96, -4.72, 3.41, FAST, **HIDDEN),
 }
 
 # POPGym's (Morad et al. 2023), Hard; scores are its returns: rewards count (r - LEAST / 2) / steps
