@@ -13,6 +13,7 @@ this file, where new rows replace older ones of the same run, it writes:
   and memory, with its 95 % interval. Seconds are those of the training, without compiling.
 - meta_curves.csv, .png: training score against steps; held-out score at the end.
 - meta_adaptation.csv, .png: score by episode of the trial; where a trial is one, reward by step.
+  Drawn for training tasks.
 
 Prints interquartile means over tasks and seeds (Agarwal et al. 2021). Their 95 % intervals draw
 seeds for each task anew, as if tasks had networks of their own: they are rather too narrow.
@@ -158,7 +159,9 @@ def tables_of(script, run_dir, model):
 
 def stored(name):
     path = HERE / f"{name}.csv"
-    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*RUN, "run"])
+    if not path.exists():
+        return pd.DataFrame(columns=[*RUN, "run"])
+    return pd.read_csv(path, dtype={"commit": str})  # 21e9518 is no number
 
 
 def store(name, new):
@@ -249,7 +252,8 @@ def plot(*tables):
     looks = looks, {"memory kept": {}, "wiped every episode, or step": {"linestyle": ":"}}
     for figure, name, more in zip(figures, TABLES[1:], looks, strict=True):
         for ax in figure.axes:
-            ax.set_ylim(bottom=max(ax.get_ylim()[0], LOWEST))
+            low, high = ax.get_ylim()
+            ax.set_ylim(max(low, LOWEST) if high > LOWEST else low, high)
         more = [Line2D([], [], color="grey", label=label, **x) for label, x in more.items()]
         figure.legend(handles=[*models, *more], loc="outside right upper")
         save(figure, HERE / f"{name}.png")
