@@ -1,6 +1,8 @@
 """What the benchmarks make of their runs and measurements."""
 
 import importlib.util
+import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,7 @@ import adaptation
 import common
 import compose
 import memory_length
+import meta
 import popgym_hard
 import reference_scores
 import s5_layer
@@ -403,3 +406,157 @@ def test_composing_a_script_with_its_own_model_changes_nothing():
     lstm, ours = ((common.ROOT / f"{x}.py").read_text() for x in ("lstm_ppo", "s5_ppo_memory"))
     there = compose.compose(lstm, ours)
     assert compose.compose(ours, there) == ours
+
+
+# ---- every model on every suite
+@pytest.mark.parametrize("suite", meta.SUITES)
+def test_models_have_as_many_parameters_within_a_tenth_and_s5_the_fewest(tmp_path, suite):
+    counts, args = {}, {}
+    for model in meta.MODELS:  # of initial shapes alone: no task is loaded
+        script = meta.import_from(meta.write_program(tmp_path, model))
+        args[model] = x = tyro.cli(script.Args, args=meta.flags_of(suite, model))
+        network = script.ActorCritic(x)
+        obs = jnp.zeros((1, 1, x.projected_obs_size + x.projected_action_size + 3))
+        inputs = jax.random.key(0), network.initial_carry(1), obs, jnp.zeros((1, 1), bool)
+        params = jax.eval_shape(network.init, *inputs)
+        counts[model] = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert max(counts.values()) <= 1.1 * min(counts.values()), counts
+    assert min(counts, key=counts.get) == "S5"
+    assert len({x.num_updates * x.batch_size for x in args.values()}) == 1
+    assert args["LSTM"].max_timescale == 2 / args["S5"].dt_min
+    assert args["Transformer"].context_length >= args["S5"].num_steps
+
+
+TINY = (
+    "--num-envs 4 --num-steps 8 --num-minibatches 2 --update-epochs 1 --num-layers 1 --d-model 8 "
+)
+TINY += "--encoder-size 8 --head-size 8 --log-interval 1 --eval-trials 2 --trial-length 2 "
+TINY += "--held-out-tasks cartpole"
+
+
+def run_meta(monkeypatch, folder, *flags):
+    monkeypatch.setattr(meta, "HERE", folder)
+    monkeypatch.setitem(meta.SUITES, "cartpole", (64, 16, TINY.split()))
+    flags = ["--suites", "cartpole", "--seeds", "3", "--runs-dir", str(folder / "cells"), *flags]
+    monkeypatch.setattr(sys, "argv", ["meta.py", *flags])
+    meta.main()
+    return list(map(meta.stored, meta.TABLES))
+
+
+@pytest.fixture(scope="module")
+def meta_cells(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("meta_cells")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        tables = run_meta(monkeypatch, folder, "--models", "S5", "LSTM")
+    return folder, tables
+
+
+def test_runs_of_two_models_are_in_the_tables_as_they_report_themselves(meta_cells):
+    folder, (scores, curves, places) = meta_cells
+    head = subprocess.getoutput(f"git -C {common.ROOT} rev-parse HEAD")[:7]
+    assert (scores["commit"] == head).all()
+    assert (scores["steps"] == 64).all() and (scores["seed"] == 3).all()
+    for model in ("S5", "LSTM"):
+        (run_dir,) = (folder / "cells" / f"cartpole-{model}-3-64" / "runs").iterdir()
+        mine, curve, place = (x[x["model"] == model] for x in (scores, curves, places))
+        reported = pd.DataFrame(json.loads((run_dir / "eval.json").read_text())["second_half"])
+        assert mine["task"].tolist() == reported["task"].tolist() and len(mine) == 6
+        assert mine["memory"].tolist() == reported["memory"].tolist()
+        np.testing.assert_allclose(mine[["mean", "ci95"]], reported[["mean", "ci95"]], rtol=1e-4)
+        assert set(zip(mine["split"], mine["task"], strict=True)) == {
+            ("training", "cartpole-positions"),
+            ("held out", "cartpole"),
+        }
+        metrics = pd.read_csv(run_dir / "metrics.csv")
+        assert curve["step"].tolist() == metrics["global_step"].tolist() == [32, 64]
+        np.testing.assert_allclose(curve["score"], metrics["charts/score"], rtol=1e-4)
+        assert curve["score"].notna().any()
+        episodes = pd.read_csv(run_dir / "adaptation.csv")
+        episodes = episodes[episodes["episode"] != "second half"]
+        np.testing.assert_allclose(place["mean"], episodes["mean"], rtol=1e-4)
+        assert place["place"].tolist() == episodes["episode"].astype(float).tolist()
+        assert set(place["unit"]) == {"episode"} and len(place) == 2 * 3 * 4
+    assert scores.groupby("model")["parameters"].first().nunique() == 2  # two networks
+    for name in meta.TABLES[1:]:
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_run_is_only_read_and_an_unfinished_one_goes_on(
+    meta_cells, tmp_path, monkeypatch, capsys
+):
+    """Of the end of a run only its evaluation is missing: it is the same a second time."""
+    folder, before = meta_cells
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (result,) = tmp_path.glob("cells/cartpole-S5-*/runs/*/eval.json")
+    expected = json.loads(result.read_text())["second_half"]
+    result.unlink()
+    begun, run = [], subprocess.run
+
+    def spy(command, **kwargs):
+        begun.append(command[1:])
+        return run(command, **kwargs)
+
+    monkeypatch.setattr(meta.subprocess, "run", spy)
+    (tmp_path / "meta.csv").unlink()
+    after = run_meta(monkeypatch, tmp_path, "--models", "S5", "LSTM")
+    assert begun == [["s5_ppo_meta.py", "--resume", f"runs/{result.parent.name}"]]
+    assert json.loads(result.read_text())["second_half"] == expected
+    for old, new in zip(before, after, strict=True):  # rows are replaced, not added
+        pd.testing.assert_frame_equal(old, new)
+    printed = capsys.readouterr().out
+    assert "|cartpole|Transformer|||||||not run|" in printed
+    line = next(x for x in printed.splitlines() if x.startswith("|cartpole|S5|"))
+    score = after[0].query("model == 'S5' and split == 'training' and memory == 'kept'")["mean"]
+    assert line.split("|")[3].startswith(f"{score.item():.2f} [")
+    assert line.split("|")[7] == "64" and line.endswith("|3|")
+
+
+def test_a_run_that_left_no_checkpoint_begins_anew(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "killed").mkdir(parents=True)
+    begun = []
+    monkeypatch.setattr(meta.subprocess, "run", lambda command, **_: begun.append(command[1:]))
+    meta.train(tmp_path, "none", meta.flags_of("cartpole", "none", 1, 100))
+    expected = "--suite cartpole --seed 1 --total-timesteps 100 --log-interval 4 "
+    expected += "--num-layers 0 --head-size 200"
+    assert begun == [["s5_ppo_meta.py", *expected.split()]]
+
+
+def test_trials_of_one_episode_give_rewards_by_step(tmp_path):
+    run_dir = tmp_path / "s5_ppo_meta__cartpole__0__20260102-030405-6"
+    tasks = {"train_tasks": ("pendulum",), "held_out_tasks": ("cartpole-positions",)}
+    trials = {"trial_length": 1, "eval_trial_length": 1, "eval_trials": 3, "num_layers": 1}
+    leave_a_run(s5_ppo_meta, run_dir, **tasks, **trials)
+    args, state, keys = common.load(s5_ppo_meta, run_dir)
+    env = s5_ppo_meta.Environment(args.train_tasks + args.held_out_tasks, args, trials_end=False)
+    s5_ppo_meta.report(run_dir, state, keys, {}, args, env)
+    scores, _, places = meta.tables_of(s5_ppo_meta, run_dir, "S5")
+    assert set(scores["date"].astype(str)) == {"2026-01-02"}
+    assert set(scores["seconds"]) == {round(4 * 8 / 5.0)}
+    kept = places[places["memory"] == "kept"]
+    pendulum, pole = (kept[kept["task"] == name] for name in ("pendulum", "cartpole-positions"))
+    assert pendulum["place"].tolist() == pole["place"].tolist() == [4 * i + 2 for i in range(50)]
+    assert set(pendulum["split"]) == {"training"} and set(pole["split"]) == {"held out"}
+    np.testing.assert_allclose(pole["mean"], 1 / 200, rtol=1e-5)
+    # The trials are those of the report, whose episodes have 200 steps.
+    for memory, rows in places[places["task"] == "pendulum"].groupby("memory"):
+        (score,) = scores[(scores["task"] == "pendulum") & (scores["memory"] == memory)]["mean"]
+        mine = s5_ppo_meta.score(200 * rows["mean"].mean(), "pendulum")
+        assert mine == pytest.approx(score, rel=1e-3)
+    assert set(places["memory"]) == {"kept", "wiped every step"}
+
+
+def test_the_interquartile_mean_leaves_out_a_quarter_on_each_side():
+    assert meta.interquartile_mean(np.array([[9.0, 1.0], [2.0, -50.0]])) == 1.5
+    assert meta.interquartile_mean(np.array([[0.0, 1.0, 5.0]])) == 2.0  # three have no quarter
+    eight = np.array([[7.0, 0.0, 100.0, 3.0], [-9.0, 4.0, 5.0, 8.0]])
+    np.testing.assert_array_equal(meta.interquartile_mean(np.stack([eight, -eight])), [4.75, -4.75])
+
+
+def test_the_bootstrap_draws_seeds_within_each_task():
+    constant = np.repeat([[0.0], [4.0], [5.0], [100.0]], 3, axis=1)
+    np.testing.assert_array_equal(meta.bootstrap(constant), [4.5, 4.5])  # tasks are not drawn
+    # A mean of 1 has probability 1 / 27: between 2.5 and 5 %. That of 0 has 8 / 27.
+    np.testing.assert_array_equal(meta.bootstrap(np.array([[0.0, 0.0, 1.0]])), [0, 1])
+    np.testing.assert_array_equal(meta.bootstrap(np.array([[0.0, 1.0, 1.0]])), [0, 1])
+    # Of five the middle three count: 0, 1 / 3, 2 / 3, 1 have 0.737, 0.205, 0.051 and 0.007.
+    np.testing.assert_allclose(meta.bootstrap(np.array([[0.0, 0.0, 0.0, 0.0, 1.0]])), [0, 2 / 3])
