@@ -244,7 +244,7 @@ IMPOSSIBLE = {  # of which tyro tells, with exit code 2
     "more than 31 bits": ("--total-timesteps 10000000000000", "--total-timesteps"),
 }
 BAD = {  # said in one line, with exit code 1
-    "observation too large": ("--projected-obs-size 1", "cartpole-positions"),
+    "observation too large": ("--projected-obs-size 1", "point-goal"),
     "action too large": ("--suite classic --projected-action-size 1", "point-robot"),
     "held-out task too large": ("--held-out-tasks gymnax-reacher", "gymnax-reacher"),
     "more devices than there are": ("--num-devices 999 --num-envs 31968", "999"),

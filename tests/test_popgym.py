@@ -203,7 +203,13 @@ PENDULUMS = {
 
 def swing(name, n, num_steps):
     """States, starts, actions in [-1, 1] and Timesteps (T, n), the seen ones unsquashed."""
-    args = MetaArgs(train_tasks=(name,), projection=False, trial_length=1, projected_obs_size=2)
+    args = MetaArgs(
+        train_tasks=(name,),
+        projection=False,
+        trial_length=1,
+        projected_obs_size=2,
+        projected_action_size=1,
+    )
     task, keys = ProjectedTask(name, args), jax.random.split(KEY, num_steps + 2)
     actions = jax.random.uniform(keys[0], (num_steps, n, 1), minval=-1.5, maxval=1.5)
 
