@@ -158,7 +158,7 @@ NEW_BODIES = ("pendulum-long", "cartpole-long", "point-robot-slow")
 DMC_TRIALS = {"trial_length": 1, "trial_unit": "episodes", "eval_trial_length": 1, "gamma": 0.995}
 SUITES = {
     # Ten steps lead to the goal, but do not suffice to find out where it is.
-    "goals": Suite(("point-goal",), (), 4, 2, 8, "episodes", credit="trial"),
+    "goals": Suite(("point-goal",), (), 4, 2, 16, "episodes", 16, credit="trial"),
     "cartpole": Suite(("cartpole-positions",), (), 4, 1, 16, "episodes"),
     "classic": Suite(
         ("pendulum", "point-robot", "cartpole", "inverted-pendulum", "reacher"),
