@@ -200,7 +200,7 @@ class Args:
     seed: int = 0  # first seed; the others follow, SEED + 1 ...
     num_seeds: int = 1  # independent seeds, trained side by side
     num_devices: int = 1  # GPUs, or other devices of JAX, that share each seed's environments
-    total_timesteps: int = 10_000_000  # steps of a seed, rounded up to whole log intervals
+    total_timesteps: int = 15_000_000  # steps of a seed, rounded up to whole log intervals
     log_interval: int = 10  # updates in one jitted call, and in one row of metrics.csv
     checkpoint_interval: int = 60  # seconds between saves, of metrics too; the end is always saved
     resume: Path | None = None  # run directory to go on with; flags given beside it replace its own

@@ -41,8 +41,8 @@ from matplotlib.lines import Line2D
 # Steps of a run, steps that the Transformer attends to, flags. It attends to a rollout, as far as
 # gradients reach, for 256 steps run a quarter as fast; through four blocks it hears of 4 x 127.
 SUITES = {
-    "goals": (10_000_000, 128, ["--log-interval", 4]),
-    "cartpole": (10_000_000, 128, ["--log-interval", 4]),
+    "goals": (15_000_000, 128, ["--log-interval", 4]),
+    "cartpole": (15_000_000, 128, ["--log-interval", 4]),
     "classic": (96_000_000, 128, []),
     "dmc-small": (100_000_000, 128, []),
 }
