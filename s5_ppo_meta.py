@@ -1,22 +1,22 @@
 """Resettable S5 and PPO learn to control unknown bodies within a trial (Lu et al. 2023, section 5).
 
-Every trial is one task seen through a fresh pair of random matrices: one mixes what the task shows,
-the other what the agent does. Nothing names the task or the matrices, so the agent has to find out
-within the trial what its actions do, and keep it in its memory across the episodes of the trial.
+A trial is one or more episodes of one task, seen through a fresh pair of random matrices: one mixes
+what the task shows, the other what the agent does. Nothing names the task or the matrices, so the
+agent has to find out within the trial what its actions do, and remember it until the trial ends.
 
-    python s5_ppo_meta.py                           # where is the goal? better by the episode
+    python s5_ppo_meta.py                           # find a hidden goal, sooner each episode
     python s5_ppo_meta.py --suite cartpole          # the paper's projected CartPole, positions only
     python s5_ppo_meta.py --suite classic --total-timesteps 96000000    # five tasks at once
     python s5_ppo_meta.py --resume runs/RUN         # goes on after Ctrl-C or a kill
 
-Expect scores near 1, a specialist's, with the memory kept, and near 0, random actions', without it.
-Departures from the paper:
+On the tasks trained on, expect scores near 1, a specialist's, with the memory kept, and near 0,
+random actions', if it is wiped at every step. Departures from the paper:
 - PPO, not Muesli. The network is also shown the last change of the observation and of the reward.
-- S5's largest initial time step is 2, not 0.1, which would lose velocities in an average over 20
-  steps. Its input is scaled to unit variance, not by zero-order hold (--zoh).
-- Gradients reach back one rollout, which may be shorter than a trial. Advantages stop where an
-  episode ends, but for suite goals, where to explore pays in later episodes (--credit trial).
-- An environment keeps its task; only matrices, starts and bodies are drawn anew for each trial.
+- S5's largest initial time step is 2. With 0.1 even the fastest states would average over 20 steps
+  and lose velocities. Its input is scaled to unit variance, not by zero-order hold (--zoh).
+- Gradients reach back one rollout, which may be shorter than a trial. An advantage counts rewards
+  of its episode; in suite goals also of later ones, as only these pay for exploring (--credit).
+- Each environment keeps its task. Matrices and bodies are drawn anew for each trial.
 - An episode's end inside a trial is a flag in the observation; only a trial's end is a reset.
 - The agent sees its own unprojected action and the scaled reward.
 - Tasks are gymnax's and brax's; DMControl's come with --suite dmc, and pip install -e ".[dmc]".
@@ -56,19 +56,20 @@ from tqdm import tqdm
 
 # ==== Tasks =======================================================================================
 class Task(NamedTuple):
-    """A row of TASKS: one environment, and what its returns are worth."""
+    """One environment, and what its returns are worth."""
 
     env_id: str  # of gymnax, of DMC below, or else of brax
     episode_length: int  # time limit, in steps
     baseline_return: float  # scores 0: the better of random actions and none at all
     specialist_return: float  # scores 1: this script trained on the task alone, unprojected
-    return_std: float  # of random actions' discounted returns, about: divides the rewards
-    params: dict = {}  # noqa: RUF012 EnvParams to set, gymnax only, as all that follows
-    ranges: dict = {}  # noqa: RUF012 EnvParams drawn for each trial, from (low, high)
+    return_std: float  # divides the rewards: about that of random actions' discounted returns
+    # ---- for gymnax only, but for the last
+    params: dict = {}  # noqa: RUF012 EnvParams that differ from the library's
+    ranges: dict = {}  # noqa: RUF012 (low, high) of EnvParams that are drawn for each trial
     seen: slice = slice(None)  # entries of the observation that the agent sees
-    reward_scale: float = 1.0
-    same_start: bool = False  # episodes of a trial begin alike: a hidden goal stays where it was
-    noise_std: float = 0.0  # of noise on what is seen, clipped to its bounds; gymnax only
+    noise_std: float = 0.0  # of noise on the observation, which is then clipped to its space
+    reward_scale: float = 1.0  # multiplies the library's rewards
+    same_start: bool = False  # episodes of a trial start alike: a hidden goal stays where it is
 
 
 POSITIONS = {"seen": slice(0, 3, 2), "reward_scale": 1 / 200}  # no velocities
@@ -78,12 +79,12 @@ PENDULUMS = {"g": (6.7, 15.0), "m": (0.67, 1.5)}
 DENSE = {"dense_reward": True}
 SLOW = DENSE | {"max_force": 0.05}
 FAST = DENSE | {"max_force": 0.2}
-HIDDEN = {"seen": slice(0, 2), "same_start": True}  # the goal
 FORCES = {"max_force": (0.067, 0.15)}
+HIDDEN_GOAL = {"seen": slice(0, 2), "same_start": True}
 
-# Made by benchmarks/reference_scores.py, which keeps them in reference_scores.csv. In mountain-car
-# the specialist is no better than doing nothing, so its return is what gym calls solved.
-TASKS = {
+# benchmarks/reference_scores.py measures the last three numbers. In mountain-car the specialist is
+# no better than doing nothing, so that its return is the one that gym calls solved.
+TASKS = {  # env_id, episode_length, baseline_return, specialist_return, return_std, params, ranges
     "cartpole-positions": Task("CartPole-v1", 200, 0.109, 0.999, 0.0461, **POSITIONS),
     "cartpole": Task("CartPole-v1", 200, 21.8, 200.0, 9.22),
     "cartpole-bodies": Task("CartPole-v1", 200, 20.8, 200.0, 9.22, ranges=CARTS),
@@ -105,20 +106,21 @@ TASKS = {
     "halfcheetah": Task("halfcheetah", 200, -0.58, 611.5, 16.5),
     "ant": Task("ant", 200, 200.0, 356.4, 16.0),
     "pusher": Task("pusher", 100, -52.7, -40.5, 27.3),
-    "point-goal": Task("PointRobot-misc", 10, -9.21, -5.79, 3.41, FAST, **HIDDEN),
+    "point-goal": Task("PointRobot-misc", 10, -9.21, -5.79, 3.41, FAST, **HIDDEN_GOAL),
 }
 
-# POPGym's (Morad et al. 2023), Hard; scores are its returns: rewards count (r - LEAST / 2) / steps
-# in units of -LEAST / 2, from -1 to 1.
-LEAST = -(np.pi**2 + 0.1 * 8**2 + 0.001 * 2**2)  # upside down, at full speed and force
+# POPGym's Hard pendulums (Morad et al. 2023). A score is POPGym's return: it maps each reward from
+# LOWEST..0 to -1..1, divided by the number of steps. So half of the lowest return scores 0.
+LOWEST = -(np.pi**2 + 0.1 * 8**2 + 0.001 * 2**2)  # upside down, at full speed and force
 ANGLE = {"seen": slice(0, 2)}
 POPGYM = {
-    "pendulum-stateless": Task("Pendulum-v1", 100, 50 * LEAST, 0.0, 131.0, **ANGLE),
-    "pendulum-noisy": Task("Pendulum-v1", 200, 100 * LEAST, 0.0, 176.0, **ANGLE, noise_std=0.3),
+    "pendulum-stateless": Task("Pendulum-v1", 100, 50 * LOWEST, 0.0, 131.0, **ANGLE),
+    "pendulum-noisy": Task("Pendulum-v1", 200, 100 * LOWEST, 0.0, 176.0, **ANGLE, noise_std=0.3),
 }
 TASKS |= POPGYM
 
-# DMControl's (Tassa et al. 2018), by MuJoCo Playground's names; PointMassHard is not one of those.
+# DMControl's tasks (Tassa et al. 2018), with MuJoCo Playground's names of them. Playground has no
+# PointMassHard; class DMControl makes it of PointMass.
 DMC = {
     "ball-in-cup-catch": "BallInCup",
     "cartpole-balance": "CartpoleBalance",
@@ -133,12 +135,18 @@ DMC = {
     "reacher-hard": "ReacherHard",
 }
 # Scores are returns / 1000, as others give them. Rewards are from 0 to 1 and often rare: random
-# actions' returns hardly spread, and what is divided by that would explode once there are any.
-TASKS |= {name: Task(x, 1000, 0.0, 1000.0, 10.0) for name, x in DMC.items()}
+# actions' returns hardly spread, and rewards divided by that spread would be huge.
+TASKS |= {name: Task(env_id, 1000, 0.0, 1000.0, 10.0) for name, env_id in DMC.items()}
+
+
+def score(returns, name):
+    """0 for the better of random actions and none, 1 for a specialist."""
+    task = TASKS[name]
+    return (returns - task.baseline_return) / (task.specialist_return - task.baseline_return)
 
 
 class Suite(NamedTuple):
-    """What --suite stands for; flags of these names override it."""
+    """The flags that --suite stands for, explained in Args. A flag that is given wins."""
 
     train_tasks: tuple
     held_out_tasks: tuple
@@ -151,13 +159,13 @@ class Suite(NamedTuple):
     credit: str = "episode"
 
 
-# Each trial draws gravity, mass or force of BODIES anew; NEW_BODIES lie outside of what is drawn.
+# Each trial draws the gravity, mass or force of BODIES; NEW_BODIES lie outside of these ranges.
 BODIES = ("pendulum-bodies", "point-robot-bodies", "cartpole-bodies")
 NEW_BODIES = ("pendulum-long", "cartpole-long", "point-robot-slow")
-# Trials of one episode, in training and evaluation, at 50 or 100 steps a second.
+# A trial is one episode of 1,000 steps, 50 or 100 of them a second: hence the larger gamma.
 DMC_TRIALS = {"trial_length": 1, "trial_unit": "episodes", "eval_trial_length": 1, "gamma": 0.995}
-SUITES = {
-    # Ten steps lead to the goal, but do not suffice to find out where it is.
+SUITES = {  # in the order of Suite's fields
+    # An episode has time to go to the goal, but not to search for it: that takes several.
     "goals": Suite(("point-goal",), (), 4, 2, 8, "episodes", credit="trial"),
     "cartpole": Suite(("cartpole-positions",), (), 4, 1, 16, "episodes"),
     "classic": Suite(
@@ -242,7 +250,7 @@ class Args:
     update_epochs: int = 2  # passes over each rollout
     learning_rate: float = 1e-3  # step size of Adam
     anneal_lr: bool = True  # lower the step size linearly to zero over the run
-    credit: Literal["episode", "trial"] | None = None  # where a time limit ends the advantage
+    credit: Literal["episode", "trial"] | None = None  # until when an advantage counts rewards
     gamma: float | None = None  # discount of a step; None: the suite's, 0.99 or 0.995
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
     clip_coef: float = 0.2  # epsilon of the clipped objective
@@ -1019,12 +1027,6 @@ def make_train(args, env):
 # The agent, and two that lack what their names say. The last sees the start of a trial for ever, as
 # it never did in training: what it lacks is not only what was learned in context.
 MEMORIES = ("kept", "wiped every episode", "wiped every step")
-
-
-def score(returns, name):
-    """0 for the better of random actions and none, 1 for a specialist."""
-    task = TASKS[name]
-    return (returns - task.baseline_return) / (task.specialist_return - task.baseline_return)
 
 
 def run_trials(params, key, wipe_episode, wipe_step, args, env):
