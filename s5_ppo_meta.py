@@ -295,8 +295,8 @@ class Timestep(NamedTuple):
     obs: jax.Array  # (N, O) what the agent sees next
     reset: jax.Array  # (N,) bool: obs is the first of a trial, where the memory starts anew
     reward: jax.Array  # (N,) divided by the task's return_std
-    done: jax.Array  # (N,) bool: the action ended the episode, by itself, a time limit or the trial
-    truncated: jax.Array  # (N,) bool: ended, but not by a termination
+    done: jax.Array  # (N,) bool: the episode ended: by itself, by its time limit or with the trial
+    truncated: jax.Array  # (N,) bool: it ended, but not by itself
     final_obs: jax.Array  # (N, O) what the agent would have seen next, had the episode gone on
     raw_reward: jax.Array  # (N,)
     episode_return: jax.Array  # (N,) sum of raw rewards of the episode up to this step
@@ -308,18 +308,18 @@ class Trial(NamedTuple):
 
     obs_matrix: jax.Array  # (n, o, projected_obs_size)
     action_matrix: jax.Array  # (n, projected_action_size, a)
-    body: dict  # (n,) of each field of EnvParams that differs between trials
+    body: dict  # (n,) of each field of EnvParams that the task draws
 
 
 class EnvState(NamedTuple):
     """n copies of one task; of several tasks, there is a tuple of these."""
 
-    inner: tuple  # the task's own state
+    inner: tuple  # the library's own state
     trial: Trial
-    first: tuple  # state and observation that the trial began with
-    starts: tuple  # n states and observations to start episodes from, redrawn every rollout
+    trial_start: tuple  # state and observation that the trial began with
+    starts: tuple  # n states and observations, of which each new episode takes one at random
     progress: jax.Array  # (n,) int32, steps or episodes of the trial so far, as trial_unit says
-    episode_length: jax.Array  # (n,) int32
+    episode_length: jax.Array  # (n,) int32, steps of the episode so far
     episode_return: jax.Array  # (n,)
 
 
@@ -345,20 +345,20 @@ def where(condition, new, old):
     return jax.tree.map(lambda x, y: jax.vmap(jnp.where)(condition, x, y), new, old)
 
 
-class Body(NamedTuple):
-    """One copy of a task of DMControl: what the physics goes on from, and what is seen of it."""
+class DMState(NamedTuple):
+    """State of one copy of a task of DMControl, with what brax's states have: obs, reward, done."""
 
     qpos: jax.Array  # (q,) positions of the joints
     qvel: jax.Array  # (v,) their velocities
     warmstart: jax.Array  # (v,) where the solver of the constraints begins
-    kept: dict  # what stays for an episode: mocap_pos (1, 3), the target; gains (a, q)
+    kept: dict  # what an episode draws: mocap_pos (1, 3), the target's position; gains (a, q)
     obs: jax.Array  # (o,)
     reward: jax.Array  # from 0 to 1
     done: jax.Array  # 0: no task here ends by itself
 
 
-# Low and high of the starts' positions, where they are not the joints' limits, or else +-pi.
-STARTS = {
+# Low and high of the positions that an episode starts from; of other tasks, the joints' limits.
+START_RANGES = {
     "BallInCup": ((0.0, 0.0, -0.2, 0.2), (0.0, 0.0, 0.2, 0.5)),
     "CartpoleBalance": ((-0.1, -0.034), (0.1, 0.034)),
     "CartpoleSwingup": ((0.0, np.pi), (0.0, np.pi)),
@@ -366,12 +366,13 @@ STARTS = {
 
 
 class DMControl:
-    """A task of DMControl, one copy, with MuJoCo Playground's bodies, behind brax's interface.
+    """A task of DMControl, one copy, behind brax's interface, with MuJoCo Playground's bodies.
 
-    Starts and targets are drawn as DMControl does: Playground's are other ones, draw from one key
-    twice, or show the target before it has moved. What is seen are the positions that a step led
-    to, as in DMControl; Playground's are one step of the physics older. Of MuJoCo's data only what
-    it goes on from is kept: the rest, 80 arrays, takes longer to compile and to copy.
+    Playground's observations and rewards are used, its starts and targets are not: they differ from
+    DMControl's, draw from one key twice, or show the target before it has moved. As in DMControl,
+    the agent sees the positions that a step led to; Playground's are one step of the physics older.
+    Only what the physics goes on from is kept of MuJoCo's data: all of its 80 arrays would take
+    longer to compile and to copy.
     """
 
     def __init__(self, env_id):
@@ -381,39 +382,37 @@ class DMControl:
         except ImportError as error:
             needed = 'DMControl\'s tasks need MuJoCo Playground: pip install -e ".[dmc]"'
             raise ValueError(f"{needed} ({error})") from error
-        self.env_id, self.mjx, self.advance = env_id, mjx, mujoco_playground.step
+        self.env_id, self.mjx, self.physics = env_id, mjx, mujoco_playground.step
         name = env_id.replace("PointMassHard", "PointMass")
         self.env = mujoco_playground.registry.load(name, config_overrides={"impl": "jax"})
         self.model, self.action_size = self.env.mjx_model, self.env.action_size
         self.blank = mjx.make_data(self.env.mj_model, impl="jax")
         joints = self.env.mj_model
         limits = np.where(joints.jnt_limited[:, None], joints.jnt_range, (-np.pi, np.pi))
-        self.low, self.high = np.float32(STARTS.get(env_id, limits.T))
+        self.low, self.high = np.float32(START_RANGES.get(env_id, limits.T))
         self.step = jax.jit(self.step)  # else an evaluation's vmaps trace it again and again
 
-    def reset(self, key) -> Body:
+    def reset(self, key) -> DMState:
         key, noise_key, speed_key, kept_key = jax.random.split(key, 4)
 
-        def draw(last):
-            key, now = jax.random.split(last[0])
+        def draw(key_and_qpos):
+            key, now = jax.random.split(key_and_qpos[0])
             return key, jax.random.uniform(now, self.low.shape, minval=self.low, maxval=self.high)
 
-        def touches(last):  # a start is free of contacts
-            data = self.mjx.kinematics(self.model, self.blank.replace(qpos=last[1]))
+        def touches(key_and_qpos):  # then it is drawn again, as in DMControl
+            data = self.mjx.kinematics(self.model, self.blank.replace(qpos=key_and_qpos[1]))
             return (self.mjx.collision(self.model, data)._impl.contact.dist < 0).any()
 
-        last = draw((key, None))
+        key, qpos = draw((key, None))
         if self.blank._impl.contact.dist.size:
-            last = jax.lax.while_loop(touches, draw, last)
-        qpos, qvel = last[1], jnp.zeros(self.model.nv)
+            key, qpos = jax.lax.while_loop(touches, draw, (key, qpos))
+        qvel = jnp.zeros(self.model.nv)
         if self.env_id == "CartpoleSwingup":
             qpos += 0.01 * jax.random.normal(noise_key, qpos.shape)
         if self.env_id.startswith("Cartpole"):
             qvel += 0.01 * jax.random.normal(speed_key, qvel.shape)
         kept = self.draw_kept(kept_key)
-        targets = {name: x for name, x in kept.items() if name == "mocap_pos"}
-        data = self.blank.replace(qpos=qpos, qvel=qvel, **targets)
-        return self.seen(data, kept, jnp.zeros(self.action_size))
+        return self.observe(self.place(qpos, qvel, kept), kept, jnp.zeros(self.action_size))
 
     def draw_kept(self, key) -> dict:
         """A target, or the directions (a, q) in which each action pulls."""
@@ -432,39 +431,38 @@ class DMControl:
             return {"gains": jnp.array([[x, y], [jnp.sin(other), jnp.cos(other)]])}
         return {}
 
-    def step(self, state: Body, action) -> Body:
-        more = dict(state.kept)
-        if "gains" in more:  # the force that the actuators, each along its axis, lack
-            force = action @ more.pop("gains") - action
-            more["qfrc_applied"] = self.env.mj_model.actuator_gear[:, 0] * force
-        more |= {"qpos": state.qpos, "qvel": state.qvel, "qacc_warmstart": state.warmstart}
-        data = self.blank.replace(**more)
-        data = self.advance(self.model, data, action, self.env.n_substeps)
-        return self.seen(data, state.kept, action)
+    def place(self, qpos, qvel, kept):
+        """MuJoCo's data, with the joints and the target where they are."""
+        data = self.blank.replace(qpos=qpos, qvel=qvel)
+        return data.replace(mocap_pos=kept["mocap_pos"]) if "mocap_pos" in kept else data
 
-    def seen(self, data, kept, action) -> Body:
+    def step(self, state: DMState, action) -> DMState:
+        data = self.place(state.qpos, state.qvel, state.kept)
+        data = data.replace(qacc_warmstart=state.warmstart)
+        if "gains" in state.kept:  # PointMass pulls along the axes: add what its actions lack
+            lacking = action @ state.kept["gains"] - action
+            data = data.replace(qfrc_applied=self.env.mj_model.actuator_gear[:, 0] * lacking)
+        data = self.physics(self.model, data, action, self.env.n_substeps)
+        return self.observe(data, state.kept, action)
+
+    def observe(self, data, kept, action) -> DMState:
+        """What is kept of MuJoCo's data, and what is seen and paid."""
         data = self.mjx.sensor_pos(self.model, self.mjx.kinematics(self.model, data))
         data = self.mjx.sensor_vel(self.model, data)
-        return Body(
-            qpos=data.qpos,
-            qvel=data.qvel,
-            warmstart=data.qacc_warmstart,
-            kept=kept,
-            obs=self.env._get_obs(data, {}),
-            reward=self.env._get_reward(data, action, {}, {}),
-            done=jnp.zeros(()),
-        )
+        obs = self.env._get_obs(data, {})
+        reward = self.env._get_reward(data, action, {}, {})
+        return DMState(data.qpos, data.qvel, data.qacc_warmstart, kept, obs, reward, jnp.zeros(()))
 
 
 class ProjectedTask:
     """n copies of one task, from gymnax, brax or DMControl, behind random projections.
 
-    The task's observation o is squashed to arcsinh(o), linear below 1 and logarithmic above: large
-    velocities need no statistics, and small motions stay linear. The agent sees arcsinh(o) @
-    obs_matrix, whose rows are orthonormal times sqrt(projected size / o's size): distances are kept
-    up to that factor, and neither padding nor a scale tells the task. The task gets clip(action @
-    action_matrix, -1, 1), whose columns are orthonormal: each of its actions is reached by one of
-    the agent's of the same norm.
+    The task's observation o is squashed to arcsinh(o), linear below 1 and logarithmic above, not
+    divided by running statistics. The agent sees arcsinh(o) @ obs_matrix. The rows of that matrix
+    are orthonormal, times sqrt(projected size / o's size): distances are kept up to that factor,
+    and neither zeros nor a scale give the task away. The task gets clip(action @ action_matrix,
+    -1, 1). The columns of that matrix are orthonormal: for each action of the task the agent has
+    one of the same norm that leads to it.
     """
 
     def __init__(self, name, args, trials_end=True):
@@ -495,8 +493,8 @@ class ProjectedTask:
         if not self.is_gymnax:
             state = self.env.reset(key)
             return state, state.obs
-        obs, state = self.env.reset_env(key, self.params)  # a body changes no start
-        return state, self.seen(key, obs)
+        obs, state = self.env.reset_env(key, self.params)  # the same for every body
+        return state, self.observe(key, obs)
 
     def physics(self, key, state, action, body):
         """One step with action (a,) in [-1, 1]: state, observation (o,), reward, terminated."""
@@ -505,19 +503,19 @@ class ProjectedTask:
             return state, state.obs, state.reward, state.done > 0.5
         params = self.params.replace(**body)
         space = self.env.action_space(params)
-        if hasattr(space, "n"):  # two discrete actions
+        if hasattr(space, "n"):  # two discrete actions: the sign decides
             action = jnp.int32(action[0] > 0)
         else:
             share = (action.reshape(space.shape) + 1) / 2
             action = jnp.float32(space.low + share * (space.high - space.low))
         obs, state, reward, terminated, _ = self.env.step_env(key, state, action, params)
         reward = jnp.float32(reward) * self.task.reward_scale
-        return state, self.seen(key, obs), reward, terminated
+        return state, self.observe(key, obs), reward, terminated
 
-    def seen(self, key, obs):
-        """What is seen of a gymnax observation, (o,)."""
+    def observe(self, key, obs):
+        """What the agent is to see of a gymnax observation, (o,)."""
         if self.task.noise_std:
-            noise_key = jax.random.split(key)[1]  # what the task draws, it draws from key
+            noise_key = jax.random.split(key)[1]  # not key itself: gymnax has drawn from it
             space = self.env.observation_space(self.params)
             obs += self.task.noise_std * jax.random.normal(noise_key, obs.shape)
             obs = jnp.clip(obs, space.low, space.high)
@@ -550,7 +548,7 @@ class ProjectedTask:
         return jnp.concatenate([projected, previous, flags], axis=1)
 
     def reset(self, key, n) -> tuple[EnvState, jax.Array]:
-        """State and obs (n, O). Trials that end do not all end at the same step."""
+        """State and obs (n, O). Trials that end begin part-way, so as not to end all together."""
         start_key, trial_key, stagger_key = jax.random.split(key, 3)
         starts = jax.vmap(self.start)(jax.random.split(start_key, n))
         progress = jax.random.randint(stagger_key, (n,), 0, self.args.trial_length)
@@ -558,7 +556,7 @@ class ProjectedTask:
         state = EnvState(
             inner=starts[0],
             trial=self.draw_trials(trial_key, n),
-            first=starts,
+            trial_start=starts,
             starts=starts,
             progress=progress * self.trials_end,
             episode_length=zeros.astype(jnp.int32),
@@ -568,7 +566,7 @@ class ProjectedTask:
         return state, self.agent_obs(starts[1], state.trial, action, zeros, true, true)
 
     def redraw(self, key, state: EnvState) -> EnvState:
-        """New start states for a rollout: in brax, to draw one costs more than a step."""
+        """New `starts`, once a rollout: in brax, to draw a start costs more than a step."""
         starts = jax.vmap(self.start)(jax.random.split(key, len(state.progress)))
         return state._replace(starts=starts)
 
@@ -578,9 +576,10 @@ class ProjectedTask:
         physics_key, start_key, trial_key = jax.random.split(key, 3)
         true_action = jnp.einsum("nA,nAa->na", action, state.trial.action_matrix)
         inputs = state.inner, jnp.clip(true_action, -1, 1), state.trial.body
-        keys, physics = jax.random.split(physics_key, n), jax.vmap(self.physics)
-        inner, obs, raw_reward, terminated = physics(keys, *inputs)
-        failed = ~(jnp.isfinite(obs).all(1) & jnp.isfinite(raw_reward))  # ends the episode
+        keys = jax.random.split(physics_key, n)
+        inner, obs, raw_reward, terminated = jax.vmap(self.physics)(keys, *inputs)
+        # Where the physics fails, the episode ends, and nobody sees its numbers.
+        failed = ~(jnp.isfinite(obs).all(1) & jnp.isfinite(raw_reward))
         obs, raw_reward = where(failed, (jnp.zeros_like(obs), jnp.zeros(n)), (obs, raw_reward))
         reward, terminated = raw_reward / self.task.return_std, terminated | failed
 
@@ -592,14 +591,14 @@ class ProjectedTask:
         done = ended | new_trial
         final_obs = self.agent_obs(obs, state.trial, action, reward, no, no)
 
-        # A trial that begins gets a fresh pair of matrices; none are drawn where none begins.
+        # A new trial has matrices, a body and a start of its own. Most steps need not draw any.
         draw = partial(self.draw_trials, trial_key, n)
-        fresh = jax.lax.cond(new_trial.any(), draw, lambda: state.trial)
-        trial = where(new_trial, fresh, state.trial)
+        drawn = jax.lax.cond(new_trial.any(), draw, lambda: state.trial)
+        trial = where(new_trial, drawn, state.trial)
         picks = jax.random.randint(start_key, (n,), 0, n)
-        starts = jax.tree.map(lambda x: x[picks], state.starts)
-        first = where(new_trial, starts, state.first)
-        inner, obs = where(done, first if self.task.same_start else starts, (inner, obs))
+        start = jax.tree.map(lambda x: x[picks], state.starts)
+        trial_start = where(new_trial, start, state.trial_start)
+        inner, obs = where(done, trial_start if self.task.same_start else start, (inner, obs))
         timestep = Timestep(
             obs=self.agent_obs(obs, trial, action, reward, done, new_trial),
             reset=new_trial,
@@ -614,7 +613,7 @@ class ProjectedTask:
         state = state._replace(
             inner=inner,
             trial=trial,
-            first=first,
+            trial_start=trial_start,
             progress=jnp.where(new_trial, 0, progress),
             episode_length=jnp.where(done, 0, episode_length),
             episode_return=jnp.where(done, 0.0, episode_return),
@@ -625,7 +624,8 @@ class ProjectedTask:
 class Environment:
     """Several tasks side by side, each with an equal, fixed share of the N environments.
 
-    Raises ValueError if a task does not fit into the projected sizes.
+    With trials_end=False, as in an evaluation, all trials start together and none ends. Raises
+    ValueError if a task does not fit into the projected sizes.
     """
 
     def __init__(self, names, args, trials_end=True):
