@@ -833,7 +833,7 @@ class Transition(NamedTuple):
     log_prob: jax.Array
     value: jax.Array
     reward: jax.Array  # plus gamma times the value of what a time limit cut off
-    done: jax.Array  # action[t] ended an episode, or the trial: what the advantage goes by
+    done: jax.Array  # the advantage ends with action[t]: the episode did or, by --credit, the trial
 
 
 class TrainState(NamedTuple):
@@ -957,14 +957,14 @@ def make_train(args, env):
         carry, (mean, log_std), value = forward(state.carry, state.obs[None], state.reset[None])
         action = mean + jnp.exp(log_std) * jax.random.normal(action_key, mean.shape)  # (1, N, A)
         env_state, timestep = env.step(env_key, state.env_state, action[0])
-        # A time limit cuts off what the episode was still worth: add it, with the memory it had. A
-        # termination is worth nothing more, though the trial goes on: else falling were free.
-        cut, no_reset = timestep.done, jnp.zeros_like(state.reset)
-        if args.credit == "trial":  # then a limit within the trial cuts nothing off
-            cut &= timestep.reset | ~timestep.truncated
+        # A time limit cuts off rewards to come: their value is added, as judged with the memory of
+        # before. A termination adds nothing, though the trial goes on: else falling were free.
+        ends, no_reset = timestep.done, jnp.zeros_like(state.reset)
+        if args.credit == "trial":  # then a time limit ends it only together with the trial
+            ends &= timestep.reset | ~timestep.truncated
         final_value = forward(carry, timestep.final_obs[None], no_reset[None])[2][0]
-        cut_value = jnp.where(cut & timestep.truncated, final_value, 0.0)
-        reward = timestep.reward + args.gamma * cut_value
+        cut_off = jnp.where(ends & timestep.truncated, final_value, 0.0)
+        reward = timestep.reward + args.gamma * cut_off
         transition = Transition(
             obs=state.obs,
             reset=state.reset,
@@ -972,13 +972,12 @@ def make_train(args, env):
             log_prob=gaussian((mean, log_std), action)[0][0],
             value=value[0],
             reward=reward,
-            done=cut,
+            done=ends,
         )
-        obs, reset = timestep.obs, timestep.reset
+        obs, reset, done = timestep.obs, timestep.reset, timestep.done
         state = state._replace(env_state=env_state, obs=obs, reset=reset, carry=carry)
-        done = timestep.done
         sums = jnp.stack([done, done * timestep.episode_return, timestep.failed])  # (3, N)
-        return state, (transition, sums.reshape(3, K, -1).sum(2))
+        return state, (transition, sums.reshape(3, K, -1).sum(2))  # of each of the K tasks
 
     def update(state, _):
         """One rollout, and update_epochs passes over it."""
@@ -991,8 +990,8 @@ def make_train(args, env):
         state, (batch, sums) = jax.lax.scan(act, state, keys)
         now = state.params, state.carry, state.obs[None], state.reset[None]
         last_value = network.apply(*now)[2][0]
-        rest = batch.done, last_value, args.gamma, args.gae_lambda
-        advantage = gae(batch.reward, batch.value, *rest)
+        gammas = args.gamma, args.gae_lambda
+        advantage = gae(batch.reward, batch.value, batch.done, last_value, *gammas)
         target = advantage + batch.value
         order = jnp.concatenate([jax.random.permutation(k, num_envs) for k in epoch_keys])
         order = order.reshape(args.update_epochs * args.num_minibatches, -1)  # (gradient steps, M)
@@ -1010,12 +1009,13 @@ def make_train(args, env):
         metrics = jax.lax.pmean(jax.tree.map(jnp.mean, losses), "devices")
         count, returns, failed = jax.lax.psum(sums.sum(0), "devices")  # (K,) each
         metrics["charts/physics_failures"] = failed.sum()
-        returns = dict(zip(env.names, returns / count, strict=True))  # NaN where none ended
-        metrics |= {f"charts/episodic_return/{name}": x for name, x in returns.items()}
-        metrics["charts/score"] = jnp.nanmean(jnp.stack([*map(score, returns.values(), returns)]))
+        means = dict(zip(env.names, returns / count, strict=True))  # NaN where no episode ended
+        metrics |= {f"charts/episodic_return/{name}": mean for name, mean in means.items()}
+        scores = [score(mean, name) for name, mean in means.items()]
+        metrics["charts/score"] = jnp.nanmean(jnp.stack(scores))
         return state, metrics
 
-    split, copied = jax.P("devices"), jax.P()
+    split, copied = jax.P("devices"), jax.P()  # each device has its share, or the same
     of_envs = ("env_state", "obs", "reset", "carry")
     specs = TrainState(*(split if name in of_envs else copied for name in TrainState._fields))
     spmd = partial(jax.shard_map, mesh=jax.make_mesh((args.num_devices,), ("devices",)))
