@@ -1024,8 +1024,8 @@ def make_train(args, env):
 
 
 # ==== Evaluation ==================================================================================
-# The agent, and two that lack what their names say. The last sees the start of a trial for ever, as
-# it never did in training: what it lacks is not only what was learned in context.
+# The agent, and two whose memory is emptied. The last lacks more than what is learned in context:
+# each of its observations looks like the first of a trial, which never happened in training.
 MEMORIES = ("kept", "wiped every episode", "wiped every step")
 
 
@@ -1034,7 +1034,7 @@ def run_trials(params, key, wipe_episode, wipe_step, args, env):
 
     wipe_episode, wipe_step: bools, when the memory is emptied. Trials of one key have the same
     matrices whatever the memory. Actions are sampled, as in training: to explore is part of the
-    policy. Every episode that begins within the trial is whole.
+    policy. S steps suffice for every episode that begins within the trial to be whole.
     """
     network, num_envs = ActorCritic(args), len(env.names) * args.eval_trials
     reset_key, key = jax.random.split(key)
@@ -1056,7 +1056,8 @@ def run_trials(params, key, wipe_episode, wipe_step, args, env):
 
     def rollout(state, key):
         redraw_key, key = jax.random.split(key)
-        state = env.redraw(redraw_key, state[0]), *state[1:]  # starts anew, as often as in training
+        env_state, *rest = state
+        state = env.redraw(redraw_key, env_state), *rest  # as often as in training
         return jax.lax.scan(step, state, jax.random.split(key, args.num_steps))
 
     env_state, obs = env.reset(reset_key, num_envs)
@@ -1069,23 +1070,23 @@ def run_trials(params, key, wipe_episode, wipe_step, args, env):
 def score_table(rewards, dones, names, args):
     """adaptation.csv from raw rewards and ends of episodes, (memories, S, K, trials) each.
 
-    Of each task and memory, mean score and 95 % interval over trials of each episode of the trial
-    and, further down, of its second half (all of it, if it is one episode). Episodes that begin
-    after the trial's end do not count.
+    Mean score over trials, with a 95 % interval, of the first episode, the second and so on, then
+    of all that begin in the second half of a trial. What begins after its end does not count.
     """
-    episodes, in_steps = [], args.trial_unit == "steps"
+    episodes, length = [], args.eval_trial_length
     for k, m, trial in np.ndindex(len(names), len(MEMORIES), rewards.shape[3]):
-        reward, borders = rewards[m, :, k, trial], np.flatnonzero(dones[m, :, k, trial]) + 1
-        for i, (start, end) in enumerate(pairwise([0, *borders])):
-            place = (start if in_steps else i) / args.eval_trial_length
-            if place < 1:
-                points = score(reward[start:end].sum(dtype=float), names[k])
-                late = place >= 0.5 or args.eval_trial_length == 1
-                episodes.append((names[k], MEMORIES[m], trial, i, late, points))
+        reward, ends = rewards[m, :, k, trial], np.flatnonzero(dones[m, :, k, trial]) + 1
+        for i, (start, end) in enumerate(pairwise([0, *ends])):
+            progress = start if args.trial_unit == "steps" else i
+            if progress >= length:
+                break
+            late = progress >= length / 2 or length == 1  # a lone episode is its own second half
+            points = score(reward[start:end].sum(dtype=float), names[k])
+            episodes.append((names[k], MEMORIES[m], trial, i, late, points))
     columns = ["task", "memory", "trial", "episode", "late", "score"]
     episodes = pd.DataFrame(episodes, columns=columns)
-    late = episodes[episodes["late"]].groupby(columns[:3], sort=False, as_index=False)
-    halves = late["score"].mean().assign(episode="second half")
+    halves = episodes[episodes["late"]].groupby(columns[:3], sort=False, as_index=False)
+    halves = halves["score"].mean().assign(episode="second half")  # of each trial
     samples = pd.concat([episodes, halves]).groupby(["task", "memory", "episode"], sort=False)
     table = samples["score"].agg(mean="mean", ci95="sem", trials="count").reset_index()
     return table.assign(ci95=1.96 * table["ci95"].fillna(0.0))  # NaN where there is one trial
@@ -1115,11 +1116,11 @@ def report(run_dir, state, keys, timing, args, env):
     """Runs the trials of all seeds; writes adaptation.csv, .png and eval.json, prints a table."""
     run = partial(run_trials, args=args, env=env)
     of_memories = jax.vmap(run, (None, None, 0, 0))
-    run_all = jax.jit(jax.vmap(of_memories, (0, 0, None, None)))  # over seeds
+    of_seeds = jax.jit(jax.vmap(of_memories, (0, 0, None, None)))
     wipes = jnp.array([False, True, False]), jnp.array([False, False, True])  # as in MEMORIES
-    outcome = jax.tree.map(np.asarray, run_all(state.params, keys, *wipes))
-    shape = *outcome[0].shape[:3], len(env.names), args.eval_trials
-    rewards, dones = (np.concatenate(x.reshape(shape), axis=-1) for x in outcome)
+    outcome = jax.tree.map(np.asarray, of_seeds(state.params, keys, *wipes))
+    shape = *outcome[0].shape[:3], len(env.names), args.eval_trials  # seeds, memories, S, K, E
+    rewards, dones = (np.concatenate(x.reshape(shape), axis=-1) for x in outcome)  # joins seeds
 
     table = score_table(rewards, dones, env.names, args)
     write(run_dir / "adaptation.csv", table.to_csv(index=False).encode())
