@@ -1,22 +1,22 @@
 """Resettable S5 and PPO learn to control unknown bodies within a trial (Lu et al. 2023, section 5).
 
-Every trial is one task seen through a fresh pair of random matrices: one mixes what the task shows,
-the other what the agent does. Nothing names the task or the matrices, so the agent has to find out
-within the trial what its actions do, and keep it in its memory across the episodes of the trial.
+A trial is one or more episodes of one task, seen through a fresh pair of random matrices: one mixes
+what the task shows, the other what the agent does. Nothing names the task or the matrices, so the
+agent has to find out within the trial what its actions do, and remember it until the trial ends.
 
-    python s5_ppo_meta.py                           # where is the goal? better by the episode
+    python s5_ppo_meta.py                           # find a hidden goal, sooner each episode
     python s5_ppo_meta.py --suite cartpole          # the paper's projected CartPole, positions only
     python s5_ppo_meta.py --suite classic --total-timesteps 96000000    # five tasks at once
     python s5_ppo_meta.py --resume runs/RUN         # goes on after Ctrl-C or a kill
 
-Expect scores near 1, a specialist's, with the memory kept, and near 0, random actions', without it.
-Departures from the paper:
+On the tasks trained on, expect scores near 1, a specialist's, with the memory kept, and near 0,
+random actions', if it is wiped at every step. Departures from the paper:
 - PPO, not Muesli. The network is also shown the last change of the observation and of the reward.
-- S5's largest initial time step is 2, not 0.1, which would lose velocities in an average over 20
-  steps. Its input is scaled to unit variance, not by zero-order hold (--zoh).
-- Gradients reach back one rollout, which may be shorter than a trial. Advantages stop where an
-  episode ends; with --credit trial, where the trial does, so that exploring pays later on.
-- An environment keeps its task; only matrices, starts and bodies are drawn anew for each trial.
+- S5's largest initial time step is 2. With 0.1 even the fastest states would average over 20 steps
+  and lose velocities. Its input is scaled to unit variance, not by zero-order hold (--zoh).
+- Gradients reach back one rollout, which may be shorter than a trial. An advantage counts rewards
+  of its episode; with --credit trial also those of later ones, so that exploring pays.
+- Each environment keeps its task. Matrices and bodies are drawn anew for each trial.
 - An episode's end inside a trial is a flag in the observation; only a trial's end is a reset.
 - The agent sees its own unprojected action and the scaled reward.
 - Tasks are gymnax's and brax's; DMControl's come with --suite dmc, and pip install -e ".[dmc]".
@@ -56,19 +56,20 @@ from tqdm import tqdm
 
 # ==== Tasks =======================================================================================
 class Task(NamedTuple):
-    """A row of TASKS: one environment, and what its returns are worth."""
+    """One environment, and what its returns are worth."""
 
     env_id: str  # of gymnax, of DMC below, or else of brax
     episode_length: int  # time limit, in steps
     baseline_return: float  # scores 0: the better of random actions and none at all
     specialist_return: float  # scores 1: this script trained on the task alone, unprojected
-    return_std: float  # of random actions' discounted returns, about: divides the rewards
-    params: dict = {}  # noqa: RUF012 EnvParams to set, gymnax only, as all that follows
-    ranges: dict = {}  # noqa: RUF012 EnvParams drawn for each trial, from (low, high)
+    return_std: float  # divides the rewards: about that of random actions' discounted returns
+    # ---- for gymnax only, but for the last
+    params: dict = {}  # noqa: RUF012 EnvParams that differ from the library's
+    ranges: dict = {}  # noqa: RUF012 (low, high) of EnvParams that are drawn for each trial
     seen: slice = slice(None)  # entries of the observation that the agent sees
-    reward_scale: float = 1.0
-    same_start: bool = False  # episodes of a trial begin alike: a hidden goal stays where it was
-    noise_std: float = 0.0  # of noise on what is seen, clipped to its bounds; gymnax only
+    noise_std: float = 0.0  # of noise on the observation, which is then clipped to its space
+    reward_scale: float = 1.0  # multiplies the library's rewards
+    same_start: bool = False  # episodes of a trial start alike: a hidden goal stays where it is
 
 
 POSITIONS = {"seen": slice(0, 3, 2), "reward_scale": 1 / 200}  # no velocities
@@ -78,12 +79,12 @@ PENDULUMS = {"g": (6.7, 15.0), "m": (0.67, 1.5)}
 DENSE = {"dense_reward": True}
 SLOW = DENSE | {"max_force": 0.05}
 FAST = DENSE | {"max_force": 0.2, "goal_radius": -1.0}  # within it, it would be put elsewhere
-HIDDEN = {"seen": slice(0, 2), "same_start": True}  # the goal
 FORCES = {"max_force": (0.067, 0.15)}
+HIDDEN_GOAL = {"seen": slice(0, 2), "same_start": True}
 
-# Made by benchmarks/reference_scores.py, which keeps them in reference_scores.csv. In mountain-car
-# the specialist is no better than doing nothing, so its return is what gym calls solved.
-TASKS = {
+# benchmarks/reference_scores.py measures the last three numbers. In mountain-car the specialist is
+# no better than doing nothing, so that its return is the one that gym calls solved.
+TASKS = {  # env_id, episode_length, baseline_return, specialist_return, return_std, params, ranges
     "cartpole-positions": Task("CartPole-v1", 200, 0.109, 0.999, 0.0461, **POSITIONS),
     "cartpole": Task("CartPole-v1", 200, 21.8, 200.0, 9.22),
     "cartpole-bodies": Task("CartPole-v1", 200, 20.8, 200.0, 9.22, ranges=CARTS),
@@ -105,20 +106,21 @@ TASKS = {
     "halfcheetah": Task("halfcheetah", 200, -0.58, 611.5, 16.5),
     "ant": Task("ant", 200, 200.0, 356.4, 16.0),
     "pusher": Task("pusher", 100, -52.7, -40.5, 27.3),
-    "point-goal": Task("PointRobot-misc", 10, -8.958, -2.534, 3.413, FAST, **HIDDEN),
+    "point-goal": Task("PointRobot-misc", 10, -8.958, -2.534, 3.413, FAST, **HIDDEN_GOAL),
 }
 
-# POPGym's (Morad et al. 2023), Hard; scores are its returns: rewards count (r - LEAST / 2) / steps
-# in units of -LEAST / 2, from -1 to 1.
-LEAST = -(np.pi**2 + 0.1 * 8**2 + 0.001 * 2**2)  # upside down, at full speed and force
+# POPGym's Hard pendulums (Morad et al. 2023). A score is POPGym's return: it maps each reward from
+# LOWEST..0 to -1..1, divided by the number of steps. So half of the lowest return scores 0.
+LOWEST = -(np.pi**2 + 0.1 * 8**2 + 0.001 * 2**2)  # upside down, at full speed and force
 ANGLE = {"seen": slice(0, 2)}
 POPGYM = {
-    "pendulum-stateless": Task("Pendulum-v1", 100, 50 * LEAST, 0.0, 131.0, **ANGLE),
-    "pendulum-noisy": Task("Pendulum-v1", 200, 100 * LEAST, 0.0, 176.0, **ANGLE, noise_std=0.3),
+    "pendulum-stateless": Task("Pendulum-v1", 100, 50 * LOWEST, 0.0, 131.0, **ANGLE),
+    "pendulum-noisy": Task("Pendulum-v1", 200, 100 * LOWEST, 0.0, 176.0, **ANGLE, noise_std=0.3),
 }
 TASKS |= POPGYM
 
-# DMControl's (Tassa et al. 2018), by MuJoCo Playground's names; PointMassHard is not one of those.
+# DMControl's tasks (Tassa et al. 2018), with MuJoCo Playground's names of them. Playground has no
+# PointMassHard; class DMControl makes it of PointMass.
 DMC = {
     "ball-in-cup-catch": "BallInCup",
     "cartpole-balance": "CartpoleBalance",
@@ -133,12 +135,18 @@ DMC = {
     "reacher-hard": "ReacherHard",
 }
 # Scores are returns / 1000, as others give them. Rewards are from 0 to 1 and often rare: random
-# actions' returns hardly spread, and what is divided by that would explode once there are any.
-TASKS |= {name: Task(x, 1000, 0.0, 1000.0, 10.0) for name, x in DMC.items()}
+# actions' returns hardly spread, and rewards divided by that spread would be huge.
+TASKS |= {name: Task(env_id, 1000, 0.0, 1000.0, 10.0) for name, env_id in DMC.items()}
+
+
+def score(returns, name):
+    """0 for the better of random actions and none, 1 for a specialist."""
+    task = TASKS[name]
+    return (returns - task.baseline_return) / (task.specialist_return - task.baseline_return)
 
 
 class Suite(NamedTuple):
-    """What --suite stands for; flags of these names override it."""
+    """The flags that --suite stands for, explained in Args. A flag that is given wins."""
 
     train_tasks: tuple
     held_out_tasks: tuple
@@ -150,13 +158,13 @@ class Suite(NamedTuple):
     gamma: float = 0.99
 
 
-# Each trial draws gravity, mass or force of BODIES anew; NEW_BODIES lie outside of what is drawn.
+# Each trial draws the gravity, mass or force of BODIES; NEW_BODIES lie outside of these ranges.
 BODIES = ("pendulum-bodies", "point-robot-bodies", "cartpole-bodies")
 NEW_BODIES = ("pendulum-long", "cartpole-long", "point-robot-slow")
-# Trials of one episode, in training and evaluation, at 50 or 100 steps a second.
+# A trial is one episode of 1,000 steps, 50 or 100 of them a second: hence the larger gamma.
 DMC_TRIALS = {"trial_length": 1, "trial_unit": "episodes", "eval_trial_length": 1, "gamma": 0.995}
-SUITES = {
-    # Ten steps lead to the goal, but do not suffice to find out where it is.
+SUITES = {  # in the order of Suite's fields
+    # An episode has time to go to the goal, but not to find it: that takes several.
     "goals": Suite(("point-goal",), (), 4, 2, 16, "episodes", 16),
     "cartpole": Suite(("cartpole-positions",), (), 4, 1, 16, "episodes"),
     "classic": Suite(
@@ -241,7 +249,7 @@ class Args:
     update_epochs: int = 2  # passes over each rollout
     learning_rate: float = 1e-3  # step size of Adam
     anneal_lr: bool = True  # lower the step size linearly to zero over the run
-    credit: Literal["episode", "trial"] = "episode"  # time limit at which the advantage ends
+    credit: Literal["episode", "trial"] = "episode"  # until when an advantage counts rewards
     gamma: float | None = None  # discount of a step; None: the suite's, 0.99 or 0.995
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
     clip_coef: float = 0.2  # epsilon of the clipped objective
@@ -286,8 +294,8 @@ class Timestep(NamedTuple):
     obs: jax.Array  # (N, O) what the agent sees next
     reset: jax.Array  # (N,) bool: obs is the first of a trial, where the memory starts anew
     reward: jax.Array  # (N,) divided by the task's return_std
-    done: jax.Array  # (N,) bool: the action ended the episode, by itself, a time limit or the trial
-    truncated: jax.Array  # (N,) bool: ended, but not by a termination
+    done: jax.Array  # (N,) bool: the episode ended: by itself, by its time limit or with the trial
+    truncated: jax.Array  # (N,) bool: it ended, but not by itself
     final_obs: jax.Array  # (N, O) what the agent would have seen next, had the episode gone on
     raw_reward: jax.Array  # (N,)
     episode_return: jax.Array  # (N,) sum of raw rewards of the episode up to this step
@@ -299,18 +307,18 @@ class Trial(NamedTuple):
 
     obs_matrix: jax.Array  # (n, o, projected_obs_size)
     action_matrix: jax.Array  # (n, projected_action_size, a)
-    body: dict  # (n,) of each field of EnvParams that differs between trials
+    body: dict  # (n,) of each field of EnvParams that the task draws
 
 
 class EnvState(NamedTuple):
     """n copies of one task; of several tasks, there is a tuple of these."""
 
-    inner: tuple  # the task's own state
+    inner: tuple  # the library's own state
     trial: Trial
-    first: tuple  # state and observation that the trial began with
-    starts: tuple  # n states and observations to start episodes from, redrawn every rollout
+    trial_start: tuple  # state and observation that the trial began with
+    starts: tuple  # n states and observations, of which each new episode takes one at random
     progress: jax.Array  # (n,) int32, steps or episodes of the trial so far, as trial_unit says
-    episode_length: jax.Array  # (n,) int32
+    episode_length: jax.Array  # (n,) int32, steps of the episode so far
     episode_return: jax.Array  # (n,)
 
 
@@ -336,20 +344,20 @@ def where(condition, new, old):
     return jax.tree.map(lambda x, y: jax.vmap(jnp.where)(condition, x, y), new, old)
 
 
-class Body(NamedTuple):
-    """One copy of a task of DMControl: what the physics goes on from, and what is seen of it."""
+class DMState(NamedTuple):
+    """State of one copy of a task of DMControl, with what brax's states have: obs, reward, done."""
 
     qpos: jax.Array  # (q,) positions of the joints
     qvel: jax.Array  # (v,) their velocities
     warmstart: jax.Array  # (v,) where the solver of the constraints begins
-    kept: dict  # what stays for an episode: mocap_pos (1, 3), the target; gains (a, q)
+    kept: dict  # what an episode draws: mocap_pos (1, 3), the target's position; gains (a, q)
     obs: jax.Array  # (o,)
     reward: jax.Array  # from 0 to 1
     done: jax.Array  # 0: no task here ends by itself
 
 
-# Low and high of the starts' positions, where they are not the joints' limits, or else +-pi.
-STARTS = {
+# Low and high of the positions that an episode starts from; of other tasks, the joints' limits.
+START_RANGES = {
     "BallInCup": ((0.0, 0.0, -0.2, 0.2), (0.0, 0.0, 0.2, 0.5)),
     "CartpoleBalance": ((-0.1, -0.034), (0.1, 0.034)),
     "CartpoleSwingup": ((0.0, np.pi), (0.0, np.pi)),
@@ -357,12 +365,13 @@ STARTS = {
 
 
 class DMControl:
-    """A task of DMControl, one copy, with MuJoCo Playground's bodies, behind brax's interface.
+    """A task of DMControl, one copy, behind brax's interface, with MuJoCo Playground's bodies.
 
-    Starts and targets are drawn as DMControl does: Playground's are other ones, draw from one key
-    twice, or show the target before it has moved. What is seen are the positions that a step led
-    to, as in DMControl; Playground's are one step of the physics older. Of MuJoCo's data only what
-    it goes on from is kept: the rest, 80 arrays, takes longer to compile and to copy.
+    Playground's observations and rewards are used, its starts and targets are not: they differ from
+    DMControl's, draw from one key twice, or show the target before it has moved. As in DMControl,
+    the agent sees the positions that a step led to; Playground's are one step of the physics older.
+    Only what the physics goes on from is kept of MuJoCo's data: all of its 80 arrays would take
+    longer to compile and to copy.
     """
 
     def __init__(self, env_id):
@@ -372,39 +381,37 @@ class DMControl:
         except ImportError as error:
             needed = 'DMControl\'s tasks need MuJoCo Playground: pip install -e ".[dmc]"'
             raise ValueError(f"{needed} ({error})") from error
-        self.env_id, self.mjx, self.advance = env_id, mjx, mujoco_playground.step
+        self.env_id, self.mjx, self.physics = env_id, mjx, mujoco_playground.step
         name = env_id.replace("PointMassHard", "PointMass")
         self.env = mujoco_playground.registry.load(name, config_overrides={"impl": "jax"})
         self.model, self.action_size = self.env.mjx_model, self.env.action_size
         self.blank = mjx.make_data(self.env.mj_model, impl="jax")
         joints = self.env.mj_model
         limits = np.where(joints.jnt_limited[:, None], joints.jnt_range, (-np.pi, np.pi))
-        self.low, self.high = np.float32(STARTS.get(env_id, limits.T))
+        self.low, self.high = np.float32(START_RANGES.get(env_id, limits.T))
         self.step = jax.jit(self.step)  # else an evaluation's vmaps trace it again and again
 
-    def reset(self, key) -> Body:
+    def reset(self, key) -> DMState:
         key, noise_key, speed_key, kept_key = jax.random.split(key, 4)
 
-        def draw(last):
-            key, now = jax.random.split(last[0])
+        def draw(key_and_qpos):
+            key, now = jax.random.split(key_and_qpos[0])
             return key, jax.random.uniform(now, self.low.shape, minval=self.low, maxval=self.high)
 
-        def touches(last):  # a start is free of contacts
-            data = self.mjx.kinematics(self.model, self.blank.replace(qpos=last[1]))
+        def touches(key_and_qpos):  # then it is drawn again, as in DMControl
+            data = self.mjx.kinematics(self.model, self.blank.replace(qpos=key_and_qpos[1]))
             return (self.mjx.collision(self.model, data)._impl.contact.dist < 0).any()
 
-        last = draw((key, None))
+        key, qpos = draw((key, None))
         if self.blank._impl.contact.dist.size:
-            last = jax.lax.while_loop(touches, draw, last)
-        qpos, qvel = last[1], jnp.zeros(self.model.nv)
+            key, qpos = jax.lax.while_loop(touches, draw, (key, qpos))
+        qvel = jnp.zeros(self.model.nv)
         if self.env_id == "CartpoleSwingup":
             qpos += 0.01 * jax.random.normal(noise_key, qpos.shape)
         if self.env_id.startswith("Cartpole"):
             qvel += 0.01 * jax.random.normal(speed_key, qvel.shape)
         kept = self.draw_kept(kept_key)
-        targets = {name: x for name, x in kept.items() if name == "mocap_pos"}
-        data = self.blank.replace(qpos=qpos, qvel=qvel, **targets)
-        return self.seen(data, kept, jnp.zeros(self.action_size))
+        return self.observe(self.place(qpos, qvel, kept), kept, jnp.zeros(self.action_size))
 
     def draw_kept(self, key) -> dict:
         """A target, or the directions (a, q) in which each action pulls."""
@@ -423,39 +430,38 @@ class DMControl:
             return {"gains": jnp.array([[x, y], [jnp.sin(other), jnp.cos(other)]])}
         return {}
 
-    def step(self, state: Body, action) -> Body:
-        more = dict(state.kept)
-        if "gains" in more:  # the force that the actuators, each along its axis, lack
-            force = action @ more.pop("gains") - action
-            more["qfrc_applied"] = self.env.mj_model.actuator_gear[:, 0] * force
-        more |= {"qpos": state.qpos, "qvel": state.qvel, "qacc_warmstart": state.warmstart}
-        data = self.blank.replace(**more)
-        data = self.advance(self.model, data, action, self.env.n_substeps)
-        return self.seen(data, state.kept, action)
+    def place(self, qpos, qvel, kept):
+        """MuJoCo's data, with the joints and the target where they are."""
+        data = self.blank.replace(qpos=qpos, qvel=qvel)
+        return data.replace(mocap_pos=kept["mocap_pos"]) if "mocap_pos" in kept else data
 
-    def seen(self, data, kept, action) -> Body:
+    def step(self, state: DMState, action) -> DMState:
+        data = self.place(state.qpos, state.qvel, state.kept)
+        data = data.replace(qacc_warmstart=state.warmstart)
+        if "gains" in state.kept:  # PointMass pulls along the axes: add what its actions lack
+            lacking = action @ state.kept["gains"] - action
+            data = data.replace(qfrc_applied=self.env.mj_model.actuator_gear[:, 0] * lacking)
+        data = self.physics(self.model, data, action, self.env.n_substeps)
+        return self.observe(data, state.kept, action)
+
+    def observe(self, data, kept, action) -> DMState:
+        """What is kept of MuJoCo's data, and what is seen and paid."""
         data = self.mjx.sensor_pos(self.model, self.mjx.kinematics(self.model, data))
         data = self.mjx.sensor_vel(self.model, data)
-        return Body(
-            qpos=data.qpos,
-            qvel=data.qvel,
-            warmstart=data.qacc_warmstart,
-            kept=kept,
-            obs=self.env._get_obs(data, {}),
-            reward=self.env._get_reward(data, action, {}, {}),
-            done=jnp.zeros(()),
-        )
+        obs = self.env._get_obs(data, {})
+        reward = self.env._get_reward(data, action, {}, {})
+        return DMState(data.qpos, data.qvel, data.qacc_warmstart, kept, obs, reward, jnp.zeros(()))
 
 
 class ProjectedTask:
     """n copies of one task, from gymnax, brax or DMControl, behind random projections.
 
-    The task's observation o is squashed to arcsinh(o), linear below 1 and logarithmic above: large
-    velocities need no statistics, and small motions stay linear. The agent sees arcsinh(o) @
-    obs_matrix, whose rows are orthonormal times sqrt(projected size / o's size): distances are kept
-    up to that factor, and neither padding nor a scale tells the task. The task gets clip(action @
-    action_matrix, -1, 1), whose columns are orthonormal: each of its actions is reached by one of
-    the agent's of the same norm.
+    The task's observation o is squashed to arcsinh(o), linear below 1 and logarithmic above, not
+    divided by running statistics. The agent sees arcsinh(o) @ obs_matrix. The rows of that matrix
+    are orthonormal, times sqrt(projected size / o's size): distances are kept up to that factor,
+    and neither zeros nor a scale give the task away. The task gets clip(action @ action_matrix,
+    -1, 1). The columns of that matrix are orthonormal: for each action of the task the agent has
+    one of the same norm that leads to it.
     """
 
     def __init__(self, name, args, trials_end=True):
@@ -486,8 +492,8 @@ class ProjectedTask:
         if not self.is_gymnax:
             state = self.env.reset(key)
             return state, state.obs
-        obs, state = self.env.reset_env(key, self.params)  # a body changes no start
-        return state, self.seen(key, obs)
+        obs, state = self.env.reset_env(key, self.params)  # the same for every body
+        return state, self.observe(key, obs)
 
     def physics(self, key, state, action, body):
         """One step with action (a,) in [-1, 1]: state, observation (o,), reward, terminated."""
@@ -496,19 +502,19 @@ class ProjectedTask:
             return state, state.obs, state.reward, state.done > 0.5
         params = self.params.replace(**body)
         space = self.env.action_space(params)
-        if hasattr(space, "n"):  # two discrete actions
+        if hasattr(space, "n"):  # two discrete actions: the sign decides
             action = jnp.int32(action[0] > 0)
         else:
             share = (action.reshape(space.shape) + 1) / 2
             action = jnp.float32(space.low + share * (space.high - space.low))
         obs, state, reward, terminated, _ = self.env.step_env(key, state, action, params)
         reward = jnp.float32(reward) * self.task.reward_scale
-        return state, self.seen(key, obs), reward, terminated
+        return state, self.observe(key, obs), reward, terminated
 
-    def seen(self, key, obs):
-        """What is seen of a gymnax observation, (o,)."""
+    def observe(self, key, obs):
+        """What the agent is to see of a gymnax observation, (o,)."""
         if self.task.noise_std:
-            noise_key = jax.random.split(key)[1]  # what the task draws, it draws from key
+            noise_key = jax.random.split(key)[1]  # not key itself: gymnax has drawn from it
             space = self.env.observation_space(self.params)
             obs += self.task.noise_std * jax.random.normal(noise_key, obs.shape)
             obs = jnp.clip(obs, space.low, space.high)
@@ -541,7 +547,7 @@ class ProjectedTask:
         return jnp.concatenate([projected, previous, flags], axis=1)
 
     def reset(self, key, n) -> tuple[EnvState, jax.Array]:
-        """State and obs (n, O). Trials that end do not all end at the same step."""
+        """State and obs (n, O). Trials that end begin part-way, so as not to end all together."""
         start_key, trial_key, stagger_key = jax.random.split(key, 3)
         starts = jax.vmap(self.start)(jax.random.split(start_key, n))
         progress = jax.random.randint(stagger_key, (n,), 0, self.args.trial_length)
@@ -549,7 +555,7 @@ class ProjectedTask:
         state = EnvState(
             inner=starts[0],
             trial=self.draw_trials(trial_key, n),
-            first=starts,
+            trial_start=starts,
             starts=starts,
             progress=progress * self.trials_end,
             episode_length=zeros.astype(jnp.int32),
@@ -559,7 +565,7 @@ class ProjectedTask:
         return state, self.agent_obs(starts[1], state.trial, action, zeros, true, true)
 
     def redraw(self, key, state: EnvState) -> EnvState:
-        """New start states for a rollout: in brax, to draw one costs more than a step."""
+        """New `starts`, once a rollout: in brax, to draw a start costs more than a step."""
         starts = jax.vmap(self.start)(jax.random.split(key, len(state.progress)))
         return state._replace(starts=starts)
 
@@ -569,9 +575,10 @@ class ProjectedTask:
         physics_key, start_key, trial_key = jax.random.split(key, 3)
         true_action = jnp.einsum("nA,nAa->na", action, state.trial.action_matrix)
         inputs = state.inner, jnp.clip(true_action, -1, 1), state.trial.body
-        keys, physics = jax.random.split(physics_key, n), jax.vmap(self.physics)
-        inner, obs, raw_reward, terminated = physics(keys, *inputs)
-        failed = ~(jnp.isfinite(obs).all(1) & jnp.isfinite(raw_reward))  # ends the episode
+        keys = jax.random.split(physics_key, n)
+        inner, obs, raw_reward, terminated = jax.vmap(self.physics)(keys, *inputs)
+        # Where the physics fails, the episode ends, and nobody sees its numbers.
+        failed = ~(jnp.isfinite(obs).all(1) & jnp.isfinite(raw_reward))
         obs, raw_reward = where(failed, (jnp.zeros_like(obs), jnp.zeros(n)), (obs, raw_reward))
         reward, terminated = raw_reward / self.task.return_std, terminated | failed
 
@@ -583,14 +590,14 @@ class ProjectedTask:
         done = ended | new_trial
         final_obs = self.agent_obs(obs, state.trial, action, reward, no, no)
 
-        # A trial that begins gets a fresh pair of matrices; none are drawn where none begins.
+        # A new trial has matrices, a body and a start of its own. Most steps need not draw any.
         draw = partial(self.draw_trials, trial_key, n)
-        fresh = jax.lax.cond(new_trial.any(), draw, lambda: state.trial)
-        trial = where(new_trial, fresh, state.trial)
+        drawn = jax.lax.cond(new_trial.any(), draw, lambda: state.trial)
+        trial = where(new_trial, drawn, state.trial)
         picks = jax.random.randint(start_key, (n,), 0, n)
-        starts = jax.tree.map(lambda x: x[picks], state.starts)
-        first = where(new_trial, starts, state.first)
-        inner, obs = where(done, first if self.task.same_start else starts, (inner, obs))
+        start = jax.tree.map(lambda x: x[picks], state.starts)
+        trial_start = where(new_trial, start, state.trial_start)
+        inner, obs = where(done, trial_start if self.task.same_start else start, (inner, obs))
         timestep = Timestep(
             obs=self.agent_obs(obs, trial, action, reward, done, new_trial),
             reset=new_trial,
@@ -605,7 +612,7 @@ class ProjectedTask:
         state = state._replace(
             inner=inner,
             trial=trial,
-            first=first,
+            trial_start=trial_start,
             progress=jnp.where(new_trial, 0, progress),
             episode_length=jnp.where(done, 0, episode_length),
             episode_return=jnp.where(done, 0.0, episode_return),
@@ -616,7 +623,8 @@ class ProjectedTask:
 class Environment:
     """Several tasks side by side, each with an equal, fixed share of the N environments.
 
-    Raises ValueError if a task does not fit into the projected sizes.
+    With trials_end=False, as in an evaluation, all trials start together and none ends. Raises
+    ValueError if a task does not fit into the projected sizes.
     """
 
     def __init__(self, names, args, trials_end=True):
@@ -824,7 +832,7 @@ class Transition(NamedTuple):
     log_prob: jax.Array
     value: jax.Array
     reward: jax.Array  # plus gamma times the value of what a time limit cut off
-    done: jax.Array  # action[t] ended an episode, or the trial: what the advantage goes by
+    done: jax.Array  # the advantage ends with action[t]: the episode did or, by --credit, the trial
 
 
 class TrainState(NamedTuple):
@@ -948,14 +956,14 @@ def make_train(args, env):
         carry, (mean, log_std), value = forward(state.carry, state.obs[None], state.reset[None])
         action = mean + jnp.exp(log_std) * jax.random.normal(action_key, mean.shape)  # (1, N, A)
         env_state, timestep = env.step(env_key, state.env_state, action[0])
-        # A time limit cuts off what the episode was still worth: add it, with the memory it had. A
-        # termination is worth nothing more, though the trial goes on: else falling were free.
-        cut, no_reset = timestep.done, jnp.zeros_like(state.reset)
-        if args.credit == "trial":  # then a limit within the trial cuts nothing off
-            cut &= timestep.reset | ~timestep.truncated
+        # A time limit cuts off rewards to come: their value is added, as judged with the memory of
+        # before. A termination adds nothing, though the trial goes on: else falling were free.
+        ends, no_reset = timestep.done, jnp.zeros_like(state.reset)
+        if args.credit == "trial":  # then a time limit ends it only together with the trial
+            ends &= timestep.reset | ~timestep.truncated
         final_value = forward(carry, timestep.final_obs[None], no_reset[None])[2][0]
-        cut_value = jnp.where(cut & timestep.truncated, final_value, 0.0)
-        reward = timestep.reward + args.gamma * cut_value
+        cut_off = jnp.where(ends & timestep.truncated, final_value, 0.0)
+        reward = timestep.reward + args.gamma * cut_off
         transition = Transition(
             obs=state.obs,
             reset=state.reset,
@@ -963,13 +971,12 @@ def make_train(args, env):
             log_prob=gaussian((mean, log_std), action)[0][0],
             value=value[0],
             reward=reward,
-            done=cut,
+            done=ends,
         )
-        obs, reset = timestep.obs, timestep.reset
+        obs, reset, done = timestep.obs, timestep.reset, timestep.done
         state = state._replace(env_state=env_state, obs=obs, reset=reset, carry=carry)
-        done = timestep.done
         sums = jnp.stack([done, done * timestep.episode_return, timestep.failed])  # (3, N)
-        return state, (transition, sums.reshape(3, K, -1).sum(2))
+        return state, (transition, sums.reshape(3, K, -1).sum(2))  # of each of the K tasks
 
     def update(state, _):
         """One rollout, and update_epochs passes over it."""
@@ -982,8 +989,8 @@ def make_train(args, env):
         state, (batch, sums) = jax.lax.scan(act, state, keys)
         now = state.params, state.carry, state.obs[None], state.reset[None]
         last_value = network.apply(*now)[2][0]
-        rest = batch.done, last_value, args.gamma, args.gae_lambda
-        advantage = gae(batch.reward, batch.value, *rest)
+        gammas = args.gamma, args.gae_lambda
+        advantage = gae(batch.reward, batch.value, batch.done, last_value, *gammas)
         target = advantage + batch.value
         order = jnp.concatenate([jax.random.permutation(k, num_envs) for k in epoch_keys])
         order = order.reshape(args.update_epochs * args.num_minibatches, -1)  # (gradient steps, M)
@@ -1001,12 +1008,13 @@ def make_train(args, env):
         metrics = jax.lax.pmean(jax.tree.map(jnp.mean, losses), "devices")
         count, returns, failed = jax.lax.psum(sums.sum(0), "devices")  # (K,) each
         metrics["charts/physics_failures"] = failed.sum()
-        returns = dict(zip(env.names, returns / count, strict=True))  # NaN where none ended
-        metrics |= {f"charts/episodic_return/{name}": x for name, x in returns.items()}
-        metrics["charts/score"] = jnp.nanmean(jnp.stack([*map(score, returns.values(), returns)]))
+        means = dict(zip(env.names, returns / count, strict=True))  # NaN where no episode ended
+        metrics |= {f"charts/episodic_return/{name}": mean for name, mean in means.items()}
+        scores = [score(mean, name) for name, mean in means.items()]
+        metrics["charts/score"] = jnp.nanmean(jnp.stack(scores))
         return state, metrics
 
-    split, copied = jax.P("devices"), jax.P()
+    split, copied = jax.P("devices"), jax.P()  # each device has its share, or the same
     of_envs = ("env_state", "obs", "reset", "carry")
     specs = TrainState(*(split if name in of_envs else copied for name in TrainState._fields))
     spmd = partial(jax.shard_map, mesh=jax.make_mesh((args.num_devices,), ("devices",)))
@@ -1015,15 +1023,9 @@ def make_train(args, env):
 
 
 # ==== Evaluation ==================================================================================
-# The agent, and two that lack what their names say. The last sees the start of a trial for ever, as
-# it never did in training: what it lacks is not only what was learned in context.
+# The agent, and two whose memory is emptied. The last lacks more than what is learned in context:
+# each of its observations looks like the first of a trial, which never happened in training.
 MEMORIES = ("kept", "wiped every episode", "wiped every step")
-
-
-def score(returns, name):
-    """0 for the better of random actions and none, 1 for a specialist."""
-    task = TASKS[name]
-    return (returns - task.baseline_return) / (task.specialist_return - task.baseline_return)
 
 
 def run_trials(params, key, wipe_episode, wipe_step, args, env):
@@ -1031,7 +1033,7 @@ def run_trials(params, key, wipe_episode, wipe_step, args, env):
 
     wipe_episode, wipe_step: bools, when the memory is emptied. Trials of one key have the same
     matrices whatever the memory. Actions are sampled, as in training: to explore is part of the
-    policy. Every episode that begins within the trial is whole.
+    policy. S steps suffice for every episode that begins within the trial to be whole.
     """
     network, num_envs = ActorCritic(args), len(env.names) * args.eval_trials
     reset_key, key = jax.random.split(key)
@@ -1053,7 +1055,8 @@ def run_trials(params, key, wipe_episode, wipe_step, args, env):
 
     def rollout(state, key):
         redraw_key, key = jax.random.split(key)
-        state = env.redraw(redraw_key, state[0]), *state[1:]  # starts anew, as often as in training
+        env_state, *rest = state
+        state = env.redraw(redraw_key, env_state), *rest  # as often as in training
         return jax.lax.scan(step, state, jax.random.split(key, args.num_steps))
 
     env_state, obs = env.reset(reset_key, num_envs)
@@ -1066,23 +1069,23 @@ def run_trials(params, key, wipe_episode, wipe_step, args, env):
 def score_table(rewards, dones, names, args):
     """adaptation.csv from raw rewards and ends of episodes, (memories, S, K, trials) each.
 
-    Of each task and memory, mean score and 95 % interval over trials of each episode of the trial
-    and, further down, of its second half (all of it, if it is one episode). Episodes that begin
-    after the trial's end do not count.
+    Mean score over trials, with a 95 % interval, of the first episode, the second and so on, then
+    of all that begin in the second half of a trial. What begins after its end does not count.
     """
-    episodes, in_steps = [], args.trial_unit == "steps"
+    episodes, length = [], args.eval_trial_length
     for k, m, trial in np.ndindex(len(names), len(MEMORIES), rewards.shape[3]):
-        reward, borders = rewards[m, :, k, trial], np.flatnonzero(dones[m, :, k, trial]) + 1
-        for i, (start, end) in enumerate(pairwise([0, *borders])):
-            place = (start if in_steps else i) / args.eval_trial_length
-            if place < 1:
-                points = score(reward[start:end].sum(dtype=float), names[k])
-                late = place >= 0.5 or args.eval_trial_length == 1
-                episodes.append((names[k], MEMORIES[m], trial, i, late, points))
+        reward, ends = rewards[m, :, k, trial], np.flatnonzero(dones[m, :, k, trial]) + 1
+        for i, (start, end) in enumerate(pairwise([0, *ends])):
+            progress = start if args.trial_unit == "steps" else i
+            if progress >= length:
+                break
+            late = progress >= length / 2 or length == 1  # a lone episode is its own second half
+            points = score(reward[start:end].sum(dtype=float), names[k])
+            episodes.append((names[k], MEMORIES[m], trial, i, late, points))
     columns = ["task", "memory", "trial", "episode", "late", "score"]
     episodes = pd.DataFrame(episodes, columns=columns)
-    late = episodes[episodes["late"]].groupby(columns[:3], sort=False, as_index=False)
-    halves = late["score"].mean().assign(episode="second half")
+    halves = episodes[episodes["late"]].groupby(columns[:3], sort=False, as_index=False)
+    halves = halves["score"].mean().assign(episode="second half")  # of each trial
     samples = pd.concat([episodes, halves]).groupby(["task", "memory", "episode"], sort=False)
     table = samples["score"].agg(mean="mean", ci95="sem", trials="count").reset_index()
     return table.assign(ci95=1.96 * table["ci95"].fillna(0.0))  # NaN where there is one trial
@@ -1112,11 +1115,11 @@ def report(run_dir, state, keys, timing, args, env):
     """Runs the trials of all seeds; writes adaptation.csv, .png and eval.json, prints a table."""
     run = partial(run_trials, args=args, env=env)
     of_memories = jax.vmap(run, (None, None, 0, 0))
-    run_all = jax.jit(jax.vmap(of_memories, (0, 0, None, None)))  # over seeds
+    of_seeds = jax.jit(jax.vmap(of_memories, (0, 0, None, None)))
     wipes = jnp.array([False, True, False]), jnp.array([False, False, True])  # as in MEMORIES
-    outcome = jax.tree.map(np.asarray, run_all(state.params, keys, *wipes))
-    shape = *outcome[0].shape[:3], len(env.names), args.eval_trials
-    rewards, dones = (np.concatenate(x.reshape(shape), axis=-1) for x in outcome)
+    outcome = jax.tree.map(np.asarray, of_seeds(state.params, keys, *wipes))
+    shape = *outcome[0].shape[:3], len(env.names), args.eval_trials  # seeds, memories, S, K, E
+    rewards, dones = (np.concatenate(x.reshape(shape), axis=-1) for x in outcome)  # joins seeds
 
     table = score_table(rewards, dones, env.names, args)
     write(run_dir / "adaptation.csv", table.to_csv(index=False).encode())

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s5_ppo_meta import DMC, TASKS, Args, Body, DMControl, Environment
+from s5_ppo_meta import DMC, TASKS, Args, DMControl, DMState, Environment
 
 pytest.importorskip("mujoco_playground", reason='needs pip install -e ".[dmc]"')
 suite = pytest.importorskip("dm_control.suite", reason='needs pip install -e ".[dmc]"')
@@ -107,9 +107,8 @@ def test_from_equal_positions_and_velocities_all_that_is_seen_and_paid_is_equal(
     @jax.jit
     @jax.vmap
     def look(state, action):
-        fixed = {k: x for k, x in state.kept.items() if k == "mocap_pos"}
-        data = task.blank.replace(qpos=state.qpos, qvel=state.qvel, **fixed)
-        return task.seen(data, state.kept, action)
+        data = task.place(state.qpos, state.qvel, state.kept)
+        return task.observe(data, state.kept, action)
 
     now = look(state, actions)
     rewards = []
@@ -205,6 +204,6 @@ def test_a_state_holds_no_array_of_size_zero_and_goes_on_as_an_environment():
     after, now = jax.eval_shape(env.step, key, states, action)
     assert obs.shape == now.obs.shape == (n, 12 + 2 + 3)
     for state, later in zip(states, after, strict=True):
-        assert isinstance(state.inner, Body) and all(x.size for x in jax.tree.leaves(state))
+        assert isinstance(state.inner, DMState) and all(x.size for x in jax.tree.leaves(state))
         shapes = (jax.tree.map(lambda x: (x.shape, x.dtype), x) for x in (state, later))
         assert next(shapes) == next(shapes)
