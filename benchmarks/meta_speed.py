@@ -35,7 +35,7 @@ def compiled_physics(env, args):
 
     def step(state, key):
         action = jax.random.normal(key, (args.num_envs, args.projected_action_size))
-        return env.step(key, state, action, jnp.ones(len(env.names)))
+        return env.step(key, state, action)
 
     def rollout(key, state):
         return jax.lax.scan(step, env.redraw(key, state), jax.random.split(key, args.num_steps))

@@ -38,7 +38,7 @@ def main():
     with refuse(name, ValueError):
         args = dataclasses.replace(of_run, train_tasks=(name,), held_out_tasks=(), eval_trials=1)
         env = Filmed(args.train_tasks, args, trials_end=False)
-    if env.tasks[0].is_gymnax:
+    if not hasattr(env.tasks[0].env, "sys"):
         sys.exit(f"error: {name} is not a task of brax")
     params = jax.tree.map(lambda x: x[0], state.params)
     run = jax.jit(lambda *inputs: run_trials(*inputs, False, False, args, env))
