@@ -249,7 +249,7 @@ class Args:
     update_epochs: int = 2  # passes over each rollout
     learning_rate: float = 1e-3  # step size of Adam
     anneal_lr: bool = True  # lower the step size linearly to zero over the run
-    credit: Literal["episode", "trial"] = "episode"  # until when an advantage counts rewards
+    credit: Literal["episode", "trial"] = "episode"  # an advantage counts rewards up to its end
     gamma: float | None = None  # discount of a step; None: the suite's, 0.99 or 0.995
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
     clip_coef: float = 0.2  # epsilon of the clipped objective
