@@ -23,10 +23,10 @@ from s5_ppo_meta import MEMORIES, SUITES, Args, load_checkpoint
 
 SCRIPT = Path(meta.__file__).resolve()
 TASKS = ("inverted-pendulum", "cartpole-positions")  # one of brax, one of gymnax
-TINY = """--train-tasks inverted-pendulum cartpole-positions --held-out-tasks mountain-car
-          --trial-length 1 --num-envs 4 --num-steps 8 --num-minibatches 2 --update-epochs 1
-          --d-model 8 --state-size 4 --num-layers 1 --encoder-size 8 --head-size 8
-          --eval-trials 2 --log-interval 2"""
+TINY = """--suite cartpole --train-tasks inverted-pendulum cartpole-positions
+          --held-out-tasks mountain-car --trial-length 1 --num-envs 4 --num-steps 8
+          --num-minibatches 2 --update-epochs 1 --d-model 8 --state-size 4 --num-layers 1
+          --encoder-size 8 --head-size 8 --eval-trials 2 --log-interval 2"""
 CALLS, STEPS = 8, 2 * 4 * 8
 LONG = f"{TINY} --anneal-lr --checkpoint-interval 0 --total-timesteps {CALLS * STEPS}"
 
