@@ -1,6 +1,6 @@
 """What a network learned in context: trials on fresh matrices, with its memory kept and wiped.
 
-    python benchmarks/adaptation.py --suite goals       # trains 6 runs: half an hour on one core
+    python benchmarks/adaptation.py --suite goals       # trains 6 runs: 40 minutes on one core
     python benchmarks/adaptation.py --suite cartpole    # the same
     python benchmarks/adaptation.py --suite classic     # 5 hours on one core; bodies as well
     python benchmarks/adaptation.py --suite locomotion  # for a GPU: ten minutes a run on an H100

@@ -46,7 +46,7 @@ SUITES = {
     "classic": (96_000_000, 128, []),
     "dmc-small": (100_000_000, 128, []),
 }
-# Blocks as many and as wide as S5's, of as many units as give 3 to 7 % more parameters than S5 has.
+# Blocks as many and as wide as S5's, of as many units as give 1 to 6 % more parameters than S5 has.
 # The LSTM's slowest gates last as long as S5's slowest states, 2 / dt_min.
 MODELS = {
     "S5": [],
