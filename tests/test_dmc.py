@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s5_ppo_meta import DMC, TASKS, Args, DMControl, DMState, Environment
+from dmcontrol import DMControl, DMState
+from s5_ppo_meta import DMC, TASKS, Args, Environment
 
 pytest.importorskip("mujoco_playground", reason='needs pip install -e ".[dmc]"')
 suite = pytest.importorskip("dm_control.suite", reason='needs pip install -e ".[dmc]"')

@@ -12,7 +12,8 @@ import pytest
 from s5_ppo_meta import DMC, POPGYM, TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {path.stem: path.read_text() for path in sorted(ROOT.glob("*.py"))}
+LINES = {"s5_ppo_memory": 640, "lstm_ppo": 580, "transformer_ppo": 660, "s5_ppo_meta": 1000}
+SCRIPTS = {name: (ROOT / f"{name}.py").read_text() for name in sorted(LINES)}
 TREES = {name: ast.parse(text) for name, text in SCRIPTS.items()}
 OURS, OTHERS = "s5_ppo_memory", ("lstm_ppo", "transformer_ppo")
 
@@ -31,7 +32,6 @@ TASK = {
     "write_config": "the version of brax",
     "main": "two environments, to train and to evaluate on",
 }
-LINES = {"s5_ppo_memory": 640, "lstm_ppo": 580, "transformer_ppo": 660, "s5_ppo_meta": 1000}
 
 
 def definitions(name):
@@ -104,7 +104,7 @@ def test_the_project_depends_on_what_the_scripts_import_and_none_imports_another
             for alias in node.names
         }
     assert not used & {*SCRIPTS}
-    optional = {"wandb", "mujoco", "mujoco_playground"}  # with --track and --suite dmc
+    optional = {"wandb", "dmcontrol"}  # with --track and --suite dmc
     modules = names(project["dependencies"]) - {"six"}  # which gymnax imports and does not declare
     assert modules == used - optional - sys.stdlib_module_names
 
@@ -119,7 +119,7 @@ def test_no_line_is_over_100_columns_and_no_function_over_100_lines(name):
 
 @pytest.mark.xfail(
     strict=False,
-    reason="for now: s5_ppo_memory 789, lstm_ppo 725, transformer_ppo 792, s5_ppo_meta 1292 lines",
+    reason="for now: s5_ppo_memory 789, lstm_ppo 725, transformer_ppo 792, s5_ppo_meta 1185 lines",
 )
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_is_short_enough_to_be_read(name):
