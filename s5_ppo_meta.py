@@ -80,7 +80,9 @@ DENSE = {"dense_reward": True}
 SLOW = DENSE | {"max_force": 0.05}
 FAST = DENSE | {"max_force": 0.2, "goal_radius": -1.0}  # within it, it would be put elsewhere
 FORCES = {"max_force": (0.067, 0.15)}
-HIDDEN_GOAL = {"seen": slice(0, 2), "same_start": True}
+POINT_GOAL = {"seen": slice(0, 2), "same_start": True}
+SWIMMER_GOAL = {"params": {"dt": 0.3}, "seen": slice(10, 14), "same_start": True}
+REACHER_GOAL = {"params": {"dt": 0.3, "torque_scale": 2.0}, "seen": slice(0, 6), "same_start": True}
 
 # benchmarks/reference_scores.py measures the last three numbers. In mountain-car the specialist is
 # no better than doing nothing, so that its return is the one that gym calls solved.
@@ -106,7 +108,9 @@ TASKS = {  # env_id, episode_length, baseline_return, specialist_return, return_
     "halfcheetah": Task("halfcheetah", 200, -0.58, 611.5, 16.5),
     "ant": Task("ant", 200, 200.0, 356.4, 16.0),
     "pusher": Task("pusher", 100, -52.7, -40.5, 27.3),
-    "point-goal": Task("PointRobot-misc", 10, -8.958, -2.534, 3.413, FAST, **HIDDEN_GOAL),
+    "point-goal": Task("PointRobot-misc", 6, -5.375, -2.483, 2.071, FAST, **POINT_GOAL),
+    "swimmer-goal": Task("Swimmer-misc", 10, 5.151, 8.136, 1.891, **SWIMMER_GOAL),
+    "reacher-goal": Task("Reacher-misc", 10, 1.512, 6.185, 1.201, **REACHER_GOAL),
 }
 
 # POPGym's Hard pendulums (Morad et al. 2023). A score is POPGym's return: it maps each reward from
@@ -156,6 +160,7 @@ class Suite(NamedTuple):
     trial_unit: str = "steps"
     eval_trial_length: int | None = None
     gamma: float = 0.99
+    bootstrap_truncated: bool = True
 
 
 # Each trial draws the gravity, mass or force of BODIES; NEW_BODIES lie outside of these ranges.
@@ -164,8 +169,17 @@ NEW_BODIES = ("pendulum-long", "cartpole-long", "point-robot-slow")
 # A trial is one episode of 1,000 steps, 50 or 100 of them a second: hence the larger gamma.
 DMC_TRIALS = {"trial_length": 1, "trial_unit": "episodes", "eval_trial_length": 1, "gamma": 0.995}
 SUITES = {  # in the order of Suite's fields
-    # An episode has time to go to the goal, but not to find it: that takes several.
-    "goals": Suite(("point-goal",), (), 4, 2, 16, "episodes", 16),
+    # An episode has time to go to the goal, but not to find it: that takes several. The value of
+    # steps beyond its few, which never come, would be learned from itself, and grow for ever.
+    "goals": Suite(
+        ("point-goal", "swimmer-goal", "reacher-goal"),
+        (),
+        projected_obs_size=8,
+        trial_length=16,
+        trial_unit="episodes",
+        eval_trial_length=16,
+        bootstrap_truncated=False,
+    ),
     "cartpole": Suite(("cartpole-positions",), (), 4, 1, 16, "episodes"),
     "classic": Suite(
         ("pendulum", "point-robot", "cartpole", "inverted-pendulum", "reacher"),
@@ -251,6 +265,7 @@ class Args:
     anneal_lr: bool = True  # lower the step size linearly to zero over the run
     credit: Literal["episode", "trial"] = "episode"  # an advantage counts rewards up to its end
     gamma: float | None = None  # discount of a step; None: the suite's, 0.99 or 0.995
+    bootstrap_truncated: bool | None = None  # value what a time limit cut off; None: the suite's
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
     clip_coef: float = 0.2  # epsilon of the clipped objective
     ent_coef: float = 0.005  # weight of the entropy bonus
@@ -849,14 +864,15 @@ def make_train(args, env):
         carry, (mean, log_std), value = forward(state.carry, state.obs[None], state.reset[None])
         action = mean + jnp.exp(log_std) * jax.random.normal(action_key, mean.shape)  # (1, N, A)
         env_state, timestep = env.step(env_key, state.env_state, action[0])
-        # A time limit cuts off rewards to come: their value is added, as judged with the memory of
-        # before. A termination adds nothing, though the trial goes on: else falling were free.
-        ends, no_reset = timestep.done, jnp.zeros_like(state.reset)
+        # A termination ends the advantage, though the trial goes on: else falling were free.
+        ends, reward = timestep.done, timestep.reward
         if args.credit == "trial":  # then a time limit ends it only together with the trial
             ends &= timestep.reset | ~timestep.truncated
-        final_value = forward(carry, timestep.final_obs[None], no_reset[None])[2][0]
-        cut_off = jnp.where(ends & timestep.truncated, final_value, 0.0)
-        reward = timestep.reward + args.gamma * cut_off
+        if args.bootstrap_truncated:
+            # The episode would have gone on: add what it was still worth, with the memory it had.
+            final_obs, no_reset = timestep.final_obs[None], jnp.zeros_like(state.reset)[None]
+            final_value = forward(carry, final_obs, no_reset)[2][0]
+            reward += args.gamma * jnp.where(ends & timestep.truncated, final_value, 0.0)
         transition = Transition(
             obs=state.obs,
             reset=state.reset,

@@ -9,8 +9,8 @@ uniformly random actions and of no action; `spread`, the standard deviation of t
 returns of random actions (TASKS' return_std); and the mean return that one seed of s5_ppo_meta.py
 reaches on that task alone, unprojected, over the last tenth of its training (actions are drawn, and
 an episode that the end of a trial cuts off counts as it is). `command` and `commit` are what made
-the specialist: older versions had another network and step size. Where the goal is hidden (GOALS),
-the specialist is a point robot that sees it and goes straight there.
+the specialist: older versions had another network and step size. Where the goal is hidden, the
+specialist is one of GOALS, a rule that sees it.
 """
 
 import tempfile
@@ -25,8 +25,6 @@ from common import HERE, made_by, read, train, write
 
 from s5_ppo_meta import DMC, POPGYM, TASKS, Environment, ProjectedTask
 from s5_ppo_meta import Args as ScriptArgs
-
-GOALS = ("point-goal",)
 
 
 @dataclass
@@ -58,7 +56,26 @@ def no_actions(key, state, size):
 
 
 def straight_to_the_goal(key, state, size):
-    return (state.inner.goal - state.inner.pos) / TASKS[GOALS[0]].params["max_force"]
+    return (state.inner.goal - state.inner.pos) / TASKS["point-goal"].params["max_force"]
+
+
+def pulled_to_the_goal(key, state, size):
+    """As by a spring, with friction."""
+    return 4 * (state.inner.goal_xy - state.inner.xy) - 2 * state.inner.xy_vel
+
+
+def hand_pulled_to_the_goal(key, state, size):
+    """The same, by the torques of two links whose angles are counted from the horizontal."""
+    x, y = jnp.cos(state.inner.angles), jnp.sin(state.inner.angles)
+    pull = state.inner.goal_xy - jnp.stack([x.sum(1), y.sum(1)], axis=1)
+    return 4 * (x * pull[:, 1:] - y * pull[:, :1]) - 2 * state.inner.angle_vels
+
+
+GOALS = {
+    "point-goal": straight_to_the_goal,
+    "swimmer-goal": pulled_to_the_goal,
+    "reacher-goal": hand_pulled_to_the_goal,
+}
 
 
 def fixed_policy(name, policy, episodes):
@@ -113,7 +130,7 @@ def main():
         idle_return, _ = fixed_policy(name, no_actions, args.episodes)
         row = {"task": name, "random": random_return, "idle": idle_return, "spread": spread}
         if name in GOALS:
-            row |= {"specialist": fixed_policy(name, straight_to_the_goal, args.episodes)[0]}
+            row |= {"specialist": fixed_policy(name, GOALS[name], args.episodes)[0]}
         elif args.steps:
             row |= {"specialist": specialist(name, args.steps), "specialist_steps": args.steps}
         if "specialist" in row:

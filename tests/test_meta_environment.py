@@ -283,6 +283,21 @@ def test_episodes_of_a_trial_begin_alike_where_the_goal_is_hidden_and_trials_do_
     assert goals > n
 
 
+@pytest.mark.parametrize("name", SUITES["goals"].train_tasks)
+def test_a_hidden_goal_is_not_seen_and_the_rest_of_the_state_is(name):
+    task = ProjectedTask(name, Args())
+    state, obs = task.start(KEY)
+    hidden = [field for field in ("goal", "goal_xy", "urchin_xys") if hasattr(state, field)]
+    fields = {field: 0.5 + getattr(state, field) for field in hidden}
+    elsewhere = task.env.get_obs(state.replace(**fields), task.params)
+    shown = task.env.get_obs(state, task.params)
+    assert (elsewhere != shown).any() or name == "point-goal"  # which never shows it
+    np.testing.assert_array_equal(elsewhere[task.task.seen], obs)
+    moved = jax.tree.map(lambda x: x + 0.5, state.replace(**{x: 0 for x in hidden}))
+    moved = moved.replace(**{x: getattr(state, x) for x in hidden})
+    assert (task.env.get_obs(moved, task.params)[task.task.seen] != obs).all()
+
+
 # ---- matrices and bodies
 def test_every_trial_of_every_copy_has_its_own_matrices_and_body_and_keeps_them(played):
     for task in played:

@@ -48,6 +48,7 @@ TINY = NETWORK | {
     "trial_unit": "steps",
     "train_tasks": NAMES,
     "held_out_tasks": (),
+    "bootstrap_truncated": True,
 }
 
 
@@ -73,13 +74,13 @@ def columns(tree, order, axis):
 
 
 @cache
-def play_rollouts(credit):
+def play_rollouts(**flags):
     """Three rollouts at a step size of zero, and the second again with physics that fails.
 
     Of each: the states before and after it, its metrics, the Timesteps that the environments gave,
     and each (carry, batch, advantage, target) learnt from, its environments put in order.
     """
-    args, learnt, stepped, result = Args(**TINY, credit=credit), [], [], []
+    args, learnt, stepped, result = Args(**TINY | flags), [], [], []
     env = Environment(args.train_tasks, args)
     env_step = env.step
 
@@ -138,7 +139,7 @@ def play_rollouts(credit):
 
 @pytest.fixture(scope="module")
 def rollouts():
-    return play_rollouts("episode")
+    return play_rollouts(credit="episode", bootstrap_truncated=True)
 
 
 @pytest.fixture(scope="module")
@@ -211,12 +212,12 @@ def test_episodes_end_by_a_fall_a_limit_or_their_trial_and_only_the_trial_resets
     assert (trial_end & ~fallen & ~limit).any()
 
 
-@pytest.mark.parametrize("credit", ["episode", "trial"])
+@pytest.mark.parametrize(("credit", "adds"), [("episode", 1), ("trial", 1), ("episode", 0)])
 def test_a_fall_costs_the_future_and_a_limit_adds_its_value_in_the_memory_of_before_the_reset(
-    credit, apply
+    credit, adds, apply
 ):
     args, by_memory = Args(**TINY), 0.0
-    for r in play_rollouts(credit).good:
+    for r in play_rollouts(credit=credit, bootstrap_truncated=adds > 0).good:
         epoch, batch, now, params = r.epochs[0], r.epochs[0].batch, r.now, r.before.params
         carry, (value, reward) = r.before.carry, np.zeros((2, T, N))
         within = now.truncated & ~now.reset  # limits after which the trial goes on
@@ -230,7 +231,8 @@ def test_a_fall_costs_the_future_and_a_limit_adds_its_value_in_the_memory_of_bef
             _, _, final_value = apply(params, carry, final_obs, no_reset)
             _, _, forgetful = apply(params, carry, final_obs, ~no_reset)
             value[t] = v[0]
-            reward[t] = now.reward[t] + args.gamma * (cut & now.truncated)[t] * final_value[0]
+            cut_off = adds * (cut & now.truncated)[t] * final_value[0]
+            reward[t] = now.reward[t] + args.gamma * cut_off
             by_memory = max(by_memory, np.abs(now.reset[t] * (final_value - forgetful)).max())
         np.testing.assert_allclose(batch.reward, reward, atol=1e-4)
         _, _, following = apply(params, carry, r.after.obs[None], r.after.reset[None])
