@@ -455,10 +455,14 @@ class ProjectedTask:
         return jnp.concatenate([projected, previous, flags], axis=1)
 
     def reset(self, key, n) -> tuple[EnvState, jax.Array]:
-        """State and obs (n, O). Trials that end begin part-way, so as not to end all together."""
-        start_key, trial_key, stagger_key = jax.random.split(key, 3)
+        """State and obs (n, O). Trials that end begin part-way, so as not to end all together.
+
+        Else a rollout would show the same part of a trial in all environments.
+        """
+        start_key, trial_key, trial_part_key, episode_part_key = jax.random.split(key, 4)
         starts = jax.vmap(self.start)(jax.random.split(start_key, n))
-        progress = jax.random.randint(stagger_key, (n,), 0, self.args.trial_length)
+        progress = jax.random.randint(trial_part_key, (n,), 0, self.args.trial_length)
+        length = jax.random.randint(episode_part_key, (n,), 0, self.task.episode_length)
         zeros, true = jnp.zeros(n), jnp.ones(n, bool)
         state = EnvState(
             inner=starts[0],
@@ -466,7 +470,7 @@ class ProjectedTask:
             trial_start=starts,
             starts=starts,
             progress=progress * self.trials_end,
-            episode_length=zeros.astype(jnp.int32),
+            episode_length=length * self.trials_end,
             episode_return=zeros,
         )
         action = jnp.zeros((n, self.args.projected_action_size))

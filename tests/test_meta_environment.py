@@ -190,6 +190,7 @@ def test_episodes_end_with_the_task_a_limit_or_the_trial_and_only_the_trial_rese
         now, args = task.now, task.args
         step = np.arange(STEPS)[:, None] + 1
         length = step - np.maximum.accumulate(np.where(task.began, step, 0)) + 1
+        length += np.where(task.began.cumsum(0) == 1, task.state.episode_length[0], 0)
         if args.trial_unit == "steps":
             trial_ends = (task.state.progress[0] + step) % args.trial_length == 0
         else:
@@ -227,9 +228,11 @@ def test_trials_start_staggered_if_asked_and_a_redraw_renews_the_start_states_on
         return at_once.reset(key, n)[0], old, env.redraw(key, (old,))[0]
 
     together, old, new = run()
-    assert not together.progress.any()
-    counts = np.bincount(old.progress)
-    assert len(counts) == args.trial_length and counts.min() > 0.4 * n / len(counts)
+    assert not together.progress.any() and not together.episode_length.any()
+    limits = args.trial_length, TASKS["pendulum"].episode_length // 10
+    for x, limit in zip((old.progress, old.episode_length // 10), limits, strict=True):
+        counts = np.bincount(x)
+        assert len(counts) == limit and counts.min() > 0.4 * n / limit
     jax.tree.map(np.testing.assert_array_equal, old._replace(starts=()), new._replace(starts=()))
     theta = np.concatenate([old.starts[0].theta, new.starts[0].theta])
     assert len(np.unique(theta)) > 2 * n - 5

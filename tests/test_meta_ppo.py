@@ -197,11 +197,14 @@ def test_episodes_end_by_a_fall_a_limit_or_their_trial_and_only_the_trial_resets
 ):  # fmt: skip
     batch, now = joined(rollouts)
     fallen = now.done & ~now.truncated
-    begun = np.concatenate([state.progress for state in rollouts.good[0].before.env_state])
+    first = rollouts.good[0].before.env_state
+    begun = np.concatenate([state.progress for state in first])
+    played = np.concatenate([state.episode_length for state in first])
     step = np.arange(3 * T)[:, None]
     trial_end = (begun + 1 + step) % TRIAL == 0
     began = np.concatenate([np.ones((1, N), bool), now.done[:-1]])
     length = step - np.maximum.accumulate(np.where(began, step, 0)) + 1
+    length += np.where(began.cumsum(0) == 1, played, 0)
     limit = length == np.repeat(LIMITS, N // 2)
     np.testing.assert_array_equal(batch.done, now.done)
     np.testing.assert_array_equal(batch.done, fallen | limit | trial_end)

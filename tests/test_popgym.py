@@ -220,6 +220,7 @@ def swing(name, n, num_steps):
     @jax.jit
     def run():
         state, obs = task.reset(keys[1], n)
+        state = state._replace(episode_length=jnp.zeros(n, jnp.int32))  # not staggered
         return obs, jax.lax.scan(step, state, (keys[2:], actions))[1]
 
     first, (states, timesteps) = run()
