@@ -1,10 +1,10 @@
 """s5_ppo_meta.py with one of its tricks taken out.
 
-    python benchmarks/ablations.py                      # everything: 2 to 3 hours on one core
+    python benchmarks/ablations.py                      # everything: 4 hours on one core
     python benchmarks/ablations.py --suites cartpole --variants "as it is" "no change" --seeds 0
 
 Each variant is a copy of the script with the snippets of PATCHES replaced, or run with FLAGS, for
-the steps of SUITES: 50 and 120 updates, early in what the README's runs get. A run is judged by its
+the steps of SUITES: 50 to 120 updates, early in what the README's runs get. A run is judged by its
 training: mean score of the episodes that ended in the last 25 updates, on matrices drawn anew for
 each trial, and of each task the return. Writes ablations.csv beside this file, a row a run, and
 prints the scores; a run whose gradient was not finite has none. For one device only. Rows of
@@ -24,8 +24,15 @@ import pandas as pd
 import tyro
 from common import HERE, ROOT, made_by, read, write
 
-SUITES = {"cartpole": 3_072_000, "classic": 7_372_800}
-FLAGS = {"frequencies of zero": ["--frequency-scale", "0"], "no LayerNorm": ["--no-layer-norm"]}
+from s5_ppo_meta import Args as ScriptArgs
+
+SUITES = {"goals": 4_915_200, "cartpole": 3_072_000, "classic": 7_372_800}
+FLAGS = {
+    "frequencies of zero": ["--frequency-scale", "0"],
+    "no LayerNorm": ["--no-layer-norm"],
+    "value beyond time limits": ["--bootstrap-truncated", "True"],  # as in all suites but goals
+    "no value beyond time limits": ["--bootstrap-truncated", "False"],
+}
 
 RAW_CHANGE = [
     (
@@ -61,6 +68,11 @@ def patched(variant):
     return text
 
 
+def flagged(suite, variant):
+    """The script's Args."""
+    return tyro.cli(ScriptArgs, args=["--suite", suite, *FLAGS.get(variant, [])])
+
+
 def run(suite, variant, seed, steps, *more):
     """A row of ablations.csv."""
     flags = ["--suite", suite, "--total-timesteps", steps, "--log-interval", 5]
@@ -83,6 +95,8 @@ def main():
     args = tyro.cli(Args, description=__doc__)
     path, columns = HERE / "ablations.csv", ("suite", "variant", "seed", "steps")
     for suite, variant, seed in product(args.suites, args.variants, args.seeds):
+        if variant in FLAGS and flagged(suite, variant) == flagged(suite, "as it is"):
+            continue
         row = run(suite, variant, seed, args.steps or SUITES[suite])
         print(row, flush=True)
         new = tuple(str(row[x]) for x in columns)
