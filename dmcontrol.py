@@ -84,7 +84,7 @@ class DMControl:
         """A target, or the directions (a, q) in which each action pulls."""
         size_key, angle_key, side_key = jax.random.split(key, 3)
         angle = jax.random.uniform(angle_key, minval=-np.pi, maxval=np.pi)
-        x, y = jnp.sin(angle), jnp.cos(angle)
+        x, y = jnp.sin(angle), jnp.cos(angle)  # angles from the vertical
         if self.env_id.startswith("Reacher"):
             size = jax.random.uniform(size_key, minval=0.05, maxval=0.2)
             return {"mocap_pos": jnp.array([[size * x, size * y, 0.01]])}

@@ -36,8 +36,8 @@ FLAGS = {
 
 RAW_CHANGE = [
     (
-        "        change = *direction_and_size(change[..., :o]), "
-        "*direction_and_size(change[..., o:])\n",
+        "        change = *direction_and_size(change[..., :p]), "
+        "*direction_and_size(change[..., p:])\n",
         "        change = (change,)\n",
     )
 ]
