@@ -389,7 +389,7 @@ def test_a_composed_script_has_the_model_and_the_task_and_acts_as_it_learns(tmp_
     subprocess.run([sys.executable, "-m", "ruff", "format", "--check", "-q", path], check=True)
     script = module_of(path)
     flags = {flag: SMALL[flag] for flag in SMALL if flag != "state_size"} | {"num_minibatches": 1}
-    flags |= {"log_interval": 2, "num_layers": 1, OF_MODEL[model]: 6}
+    flags |= {"num_envs": 6, "log_interval": 2, "num_layers": 1, OF_MODEL[model]: 6}
     args = script.Args(**flags)
     assert not hasattr(args, "state_size")
     tasks = [args.train_tasks] if task == "s5_ppo_meta" else []
