@@ -247,7 +247,7 @@ BAD = {  # said in one line, with exit code 1
     "observation too large": ("--projected-obs-size 1", "point-goal"),
     "action too large": ("--suite classic --projected-action-size 1", "point-robot"),
     "held-out task too large": ("--held-out-tasks reacher", "reacher"),
-    "more devices than there are": ("--num-devices 999 --num-envs 31968", "999"),
+    "more devices than there are": ("--num-devices 999 --num-envs 95904", "999"),
     "no such run": ("--resume runs/nowhere", "runs/nowhere"),
 }
 
