@@ -170,7 +170,7 @@ NEW_BODIES = ("pendulum-long", "cartpole-long", "point-robot-slow")
 DMC_TRIALS = {"trial_length": 1, "trial_unit": "episodes", "eval_trial_length": 1, "gamma": 0.995}
 SUITES = {  # train_tasks, held_out_tasks, projected sizes, trial_length, trial_unit
     # An episode has time to go to the goal, but not to find it: that takes several. The value of
-    # steps beyond its few, which never come, would be learned from itself, and grow for ever.
+    # steps beyond its few, which never come, would be learned from itself, and drift.
     "goals": Suite(
         ("point-goal", "swimmer-goal", "reacher-goal"),
         (),

@@ -1,6 +1,6 @@
 """s5_ppo_meta.py with one of its tricks taken out.
 
-    python benchmarks/ablations.py                      # everything: 4 hours on one core
+    python benchmarks/ablations.py                      # everything: some hours on one core
     python benchmarks/ablations.py --suites cartpole --variants "as it is" "no change" --seeds 0
 
 Each variant is a copy of the script with the snippets of PATCHES replaced, or run with FLAGS, for

@@ -60,7 +60,7 @@ def straight_to_the_goal(key, state, size):
 
 
 def pulled_to_the_goal(key, state, size):
-    """As by a spring, with friction."""
+    """As by a spring, with friction: the best of twelve pairs of gains; below, of sixteen."""
     return 4 * (state.inner.goal_xy - state.inner.xy) - 2 * state.inner.xy_vel
 
 

@@ -161,6 +161,12 @@ def test_reference_returns_are_those_of_whole_episodes_from_new_starts():
     assert 2 < spread < 3.5  # near that of 1, 2 ... 9
 
 
+@pytest.mark.parametrize("name", reference_scores.GOALS)
+def test_a_rule_that_sees_the_goal_gets_there(name):
+    returns = reference_scores.fixed_policy(name, reference_scores.GOALS[name], 256)[0]
+    assert s5_ppo_meta.score(returns, name) == pytest.approx(1, abs=0.15)
+
+
 def test_every_patch_applies_and_makes_another_program(tmp_path):
     programs = {}
     for i, variant in enumerate(ablations.PATCHES):
