@@ -103,11 +103,6 @@ TASKS = {  # env_id, episode_length, baseline_return, specialist_return, return_
     "inverted-pendulum": Task("inverted_pendulum", 200, 70.2, 200.0, 9.78),
     "inverted-double-pendulum": Task("inverted_double_pendulum", 200, 637.0, 1825.0, 82.3),
     "reacher": Task("reacher", 100, -23.2, -17.0, 15.6),
-    "hopper": Task("hopper", 200, 199.7, 399.1, 34.9),
-    "walker2d": Task("walker2d", 200, 198.4, 321.4, 29.6),
-    "halfcheetah": Task("halfcheetah", 200, -0.58, 611.5, 16.5),
-    "ant": Task("ant", 200, 200.0, 356.4, 16.0),
-    "pusher": Task("pusher", 100, -52.7, -40.5, 27.3),
     "point-goal": Task("PointRobot-misc", 6, -5.375, -2.483, 2.071, FAST, **POINT_GOAL),
     "swimmer-goal": Task("Swimmer-misc", 10, 5.151, 8.136, 1.891, **SWIMMER_GOAL),
     "reacher-goal": Task("Reacher-misc", 10, 1.512, 6.185, 1.201, **REACHER_GOAL),
@@ -188,13 +183,6 @@ SUITES = {  # train_tasks, held_out_tasks, projected sizes, trial_length, trial_
     "bodies": Suite(
         (*BODIES, "inverted-pendulum", "reacher"),
         ("gymnax-reacher", "inverted-double-pendulum", "mountain-car", *NEW_BODIES),
-    ),
-    "locomotion": Suite(
-        ("ant", "halfcheetah", "hopper", "reacher", "inverted-double-pendulum"),
-        ("walker2d", "pusher"),
-        projected_obs_size=32,
-        projected_action_size=8,
-        trial_length=1000,
     ),
     "dmc": Suite(tuple(DMC)[:6], tuple(DMC)[6:], **DMC_TRIALS),  # the paper's
     "dmc-small": Suite(  # what a CPU can carry

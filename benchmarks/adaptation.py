@@ -3,7 +3,6 @@
     python benchmarks/adaptation.py --suite goals       # trains 6 runs: 40 minutes on one core
     python benchmarks/adaptation.py --suite cartpole    # the same
     python benchmarks/adaptation.py --suite classic     # 5 hours on one core; bodies as well
-    python benchmarks/adaptation.py --suite locomotion  # for a GPU: ten minutes a run on an H100
     python benchmarks/adaptation.py --suite classic runs/A runs/B     # of finished runs
     python benchmarks/adaptation.py runs/A runs/B --out long --eval-trial-length 1600
     python benchmarks/adaptation.py runs/A --out new --held-out-tasks cartpole-long pendulum-heavy
@@ -35,9 +34,7 @@ import s5_ppo_meta
 from s5_ppo_meta import Environment, refuse
 
 LONG = ["--total-timesteps", "96000000"]
-GPU = ["--total-timesteps", "160000000", "--num-envs", "7680", "--num-steps", "64"]
-GPU += ["--num-minibatches", "96", "--log-interval", "5"]
-FLAGS = {"goals": [], "cartpole": [], "classic": LONG, "bodies": LONG, "locomotion": GPU}
+FLAGS = {"goals": [], "cartpole": [], "classic": LONG, "bodies": LONG}
 COLORS = {"kept": "C0", "wiped every episode": "C1", "wiped every step": "C2"}
 COLORS |= {"trained without": "black"}
 LOWEST = -0.6  # score at which the figures end

@@ -1,7 +1,7 @@
 """What a return is worth in each task of s5_ppo_meta.py: the numbers in its table TASKS.
 
     python benchmarks/reference_scores.py                          # all tasks: hours on 2 cores
-    python benchmarks/reference_scores.py --tasks halfcheetah --steps 4000000    # others stay
+    python benchmarks/reference_scores.py --tasks pendulum --steps 4000000    # others stay
     python benchmarks/reference_scores.py --steps 0                # no specialists: minutes
 
 Writes reference_scores.csv beside this file. Of each task, over whole episodes: the mean return of
@@ -36,7 +36,7 @@ class Args:
 
 def alone(name):
     """Args of s5_ppo_meta.py for one task without projections."""
-    task = ProjectedTask(name, ScriptArgs(suite="locomotion"))  # whose sizes any task fits
+    task = ProjectedTask(name, ScriptArgs(suite="classic"))  # whose sizes any task fits
     return {
         "train_tasks": (name,),
         "held_out_tasks": (),

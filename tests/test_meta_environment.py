@@ -461,7 +461,7 @@ def test_without_projection_a_task_is_the_library_s_own_step_by_step(unprojected
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["reacher", "hopper", "inverted-double-pendulum"])
+@pytest.mark.parametrize("name", ["reacher", "inverted-double-pendulum"])
 def test_other_tasks_of_brax_are_the_library_s_own_too(name):
     sizes = SIZES | {"projected_obs_size": 11, "projected_action_size": 3}
     args = Args(**sizes, **TRIALS["one copy"], train_tasks=(name,), projection=False)
@@ -544,13 +544,9 @@ def test_without_playground_one_line_says_what_the_tasks_of_dm_control_need(monk
         ProjectedTask("reacher-easy", Args(suite="dmc-small"))
 
 
-@pytest.mark.parametrize(
-    "suites",
-    [("cartpole", "classic", "bodies"), pytest.param(("locomotion",), marks=pytest.mark.slow)],
-)
-def test_every_task_of_a_suite_fits_into_its_sizes(suites):
+def test_every_task_of_a_suite_fits_into_its_sizes():
     seen = set()
-    for suite in suites:
+    for suite in ("goals", "cartpole", "classic", "bodies"):
         args = Args(suite=suite)
         sizes = args.projected_obs_size, args.projected_action_size
         for name in args.train_tasks + args.held_out_tasks:
@@ -566,7 +562,7 @@ def test_every_task_of_a_suite_fits_into_its_sizes(suites):
                     ValueError, match=f"{name} .*{task.obs_size}.*{task.action_size}"
                 ):
                     ProjectedTask(name, small)
-            if task.is_gymnax or suite == "locomotion":  # to trace those of brax takes long
+            if task.is_gymnax:  # to trace those of brax takes long
                 state, obs = jax.eval_shape(lambda key, t=task: t.reset(key, 3), KEY)
                 action = jnp.zeros((3, sizes[1]))
                 _, now = jax.eval_shape(lambda *x, t=task: t.step(*x), KEY, state, action)
