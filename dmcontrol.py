@@ -17,11 +17,15 @@ class DMState(NamedTuple):
     qpos: jax.Array  # (q,) positions of the joints
     qvel: jax.Array  # (v,) their velocities
     warmstart: jax.Array  # (v,) where the solver of the constraints begins
-    kept: dict  # what an episode draws: mocap_pos (1, 3), the target's position; gains (a, q)
+    kept: dict  # what an episode draws: mocap_pos (1, 3), where the target is; gains (a, q); width
     obs: jax.Array  # (o,)
-    reward: jax.Array  # from 0 to 1
+    reward: jax.Array  # from 0 to 1 a step of dm_control
     done: jax.Array  # 0: no task here ends by itself
 
+
+# Steps of dm_control that an action lasts. There are 50 or 100 of them a second: what an action
+# changes in a single one hardly shows, and a second would be far in the future.
+ACTION_REPEAT = 4
 
 # Low and high of the positions that an episode starts from; of other tasks, the joints' limits.
 START_RANGES = {
@@ -49,7 +53,7 @@ class DMControl:
             needed = 'DMControl\'s tasks need MuJoCo Playground: pip install -e ".[dmc]"'
             raise ValueError(f"{needed} ({error})") from error
         self.env_id, self.mjx, self.physics = env_id, mjx, mujoco_playground.step
-        name = env_id.replace("PointMassHard", "PointMass")
+        name = env_id.removesuffix("Wide").replace("PointMassHard", "PointMass")
         self.env = mujoco_playground.registry.load(name, config_overrides={"impl": "jax"})
         self.model, self.action_size = self.env.mjx_model, self.env.action_size
         self.blank = mjx.make_data(self.env.mj_model, impl="jax")
@@ -81,7 +85,7 @@ class DMControl:
         return self.observe(self.place(qpos, qvel, kept), kept, jnp.zeros(self.action_size))
 
     def draw_kept(self, key) -> dict:
-        """A target, or the directions (a, q) in which each action pulls."""
+        """A target, the directions (a, q) in which each action pulls, or the target's width."""
         size_key, angle_key, side_key = jax.random.split(key, 3)
         angle = jax.random.uniform(angle_key, minval=-np.pi, maxval=np.pi)
         x, y = jnp.sin(angle), jnp.cos(angle)  # angles from the vertical
@@ -95,6 +99,8 @@ class DMControl:
             between = jax.random.uniform(size_key, minval=least, maxval=np.pi - least)
             other = angle + between * jax.random.rademacher(side_key, ())
             return {"gains": jnp.array([[x, y], [jnp.sin(other), jnp.cos(other)]])}
+        if self.env_id.endswith("Wide"):  # times the target's own, which is too rarely met
+            return {"width": 16.0 ** jax.random.uniform(size_key)}
         return {}
 
     def place(self, qpos, qvel, kept):
@@ -103,6 +109,16 @@ class DMControl:
         return data.replace(mocap_pos=kept["mocap_pos"]) if "mocap_pos" in kept else data
 
     def step(self, state: DMState, action) -> DMState:
+        """ACTION_REPEAT steps with one action; rewards add up."""
+
+        def once(state, _):
+            state = self.step_once(state, action)
+            return state, state.reward
+
+        state, rewards = jax.lax.scan(once, state, length=ACTION_REPEAT)
+        return state._replace(reward=rewards.sum())
+
+    def step_once(self, state, action) -> DMState:
         data = self.place(state.qpos, state.qvel, state.kept)
         data = data.replace(qacc_warmstart=state.warmstart)
         if "gains" in state.kept:  # PointMass pulls along the axes: add what its actions lack
@@ -116,5 +132,7 @@ class DMControl:
         data = self.mjx.sensor_pos(self.model, self.mjx.kinematics(self.model, data))
         data = self.mjx.sensor_vel(self.model, data)
         obs = self.env._get_obs(data, {})
-        reward = self.env._get_reward(data, action, {}, {})
+        # A target is wider where all else is nearer.
+        paid = data.replace(geom_xpos=data.geom_xpos / kept.get("width", 1.0))
+        reward = self.env._get_reward(paid, action, {}, {})
         return DMState(data.qpos, data.qvel, data.qacc_warmstart, kept, obs, reward, jnp.zeros(()))

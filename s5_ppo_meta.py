@@ -119,7 +119,7 @@ POPGYM = {
 TASKS |= POPGYM
 
 # DMControl's tasks (Tassa et al. 2018), with MuJoCo Playground's names of them. Playground has no
-# PointMassHard; dmcontrol.py makes it of PointMass.
+# PointMassHard and PointMassWide; dmcontrol.py makes them of PointMass.
 DMC = {  # the paper's six training tasks, then its five held-out ones
     "ball-in-cup-catch": "BallInCup",
     "cartpole-swingup": "CartpoleSwingup",
@@ -132,10 +132,12 @@ DMC = {  # the paper's six training tasks, then its five held-out ones
     "pendulum-swingup": "PendulumSwingup",
     "point-mass-hard": "PointMassHard",
     "reacher-hard": "ReacherHard",
+    "point-mass-wide": "PointMassWide",  # ours: the target is 1 to 16 times as wide
 }
-# Scores are returns / 1000, as others give them. Rewards are from 0 to 1 and often rare: random
-# actions' returns hardly spread, and rewards divided by that spread would be huge.
-TASKS |= {name: Task(env_id, 1000, 0.0, 1000.0, 10.0) for name, env_id in DMC.items()}
+# An episode is 250 actions of four steps each. Scores are returns / 1000, as others give them.
+# Rewards are from 0 to 1 a step and often rare: random actions' returns hardly spread, and rewards
+# divided by that spread would be huge.
+TASKS |= {name: Task(env_id, 250, 0.0, 1000.0, 10.0) for name, env_id in DMC.items()}
 
 
 def score(returns, name):
@@ -154,15 +156,13 @@ class Suite(NamedTuple):
     trial_length: int = 400
     trial_unit: str = "steps"
     eval_trial_length: int | None = None
-    gamma: float = 0.99
     bootstrap_truncated: bool = True
 
 
 # Each trial draws the gravity, mass or force of BODIES, but never one that NEW_BODIES have.
 BODIES = ("pendulum-bodies", "point-robot-bodies", "cartpole-bodies")
 NEW_BODIES = ("pendulum-long", "cartpole-long", "point-robot-slow")
-# A trial is one episode of 1,000 steps, 50 or 100 of them a second: hence the larger gamma.
-DMC_TRIALS = {"trial_length": 1, "trial_unit": "episodes", "eval_trial_length": 1, "gamma": 0.995}
+ONE_EPISODE = {"trial_length": 1, "trial_unit": "episodes", "eval_trial_length": 1}
 SUITES = {  # train_tasks, held_out_tasks, projected sizes, trial_length, trial_unit
     # An episode has time to go to the goal, but not to find it: that takes several. The value of
     # steps beyond its few, which never come, would be learned from itself, and drift.
@@ -184,11 +184,11 @@ SUITES = {  # train_tasks, held_out_tasks, projected sizes, trial_length, trial_
         (*BODIES, "inverted-pendulum", "reacher"),
         ("gymnax-reacher", "inverted-double-pendulum", "mountain-car", *NEW_BODIES),
     ),
-    "dmc": Suite(tuple(DMC)[:6], tuple(DMC)[6:], **DMC_TRIALS),  # the paper's
+    "dmc": Suite(tuple(DMC)[:6], tuple(DMC)[6:11], **ONE_EPISODE),  # the paper's
     "dmc-small": Suite(  # what a CPU can carry
-        ("cartpole-swingup", "point-mass-easy", "reacher-easy"),
+        ("cartpole-swingup", "point-mass-easy", "point-mass-wide", "reacher-easy"),
         ("cartpole-balance", "point-mass-hard", "reacher-hard", "pendulum-swingup"),
-        **DMC_TRIALS,
+        **ONE_EPISODE,
     ),
 }
 
@@ -242,7 +242,7 @@ class Args:
     learning_rate: float = 1e-3  # step size of Adam
     anneal_lr: bool = True  # lower the step size linearly to zero over the run
     credit: Literal["episode", "trial"] = "episode"  # rewards up to whose end an advantage counts
-    gamma: float | None = None  # discount of a step; None: the suite's, 0.99 or 0.995
+    gamma: float = 0.99  # discount of a step
     bootstrap_truncated: bool | None = None  # value what a time limit cut off; None: the suite's
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
     clip_coef: float = 0.2  # epsilon of the clipped objective
