@@ -149,24 +149,22 @@ def replace(path, new):
 
 
 def plot(path, curves):
-    """A panel a task: of each model the mean of the seeds, bold, and each seed."""
+    """A panel a task that was run: of each model the mean of the seeds, bold, and each seed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    *axes, key = figure.subplots(2, 3).flat
-    for (task, row), ax in zip(TASKS.items(), axes, strict=True):
+    tasks = [task for task in TASKS if (curves.task == task).any()]
+    figure = Figure(figsize=(3.2 * len(tasks) + 1, 3.4), layout="constrained")
+    for task, ax in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True):
         for i, model in enumerate(MODELS):
             mine = curves[(curves.task == task) & (curves.model == model)]
             table = mine.pivot_table("mean_return", "global_step", "seed")
-            ax.plot(table.index, table, color=f"C{i}", alpha=0.35, linewidth=0.8)
-            ax.plot(table.index, table.mean(axis=1), color=f"C{i}")
-        ax.axhline(row.paper["S5"], color="black", linestyle="--", linewidth=1)
-        ax.set(title=task, xlabel="steps", ylabel="mean return")
-    for i, model in enumerate(MODELS):
-        key.plot([], [], color=f"C{i}", label=model.replace("none", "without memory"))
-    key.plot([], [], color="black", linestyle="--", linewidth=1, label="S5 of the paper, maximum")
-    key.set_axis_off()
-    key.legend(loc="center")
+            ax.plot(table.index / 1e6, table, color=f"C{i}", alpha=0.35, linewidth=0.8)
+            label = model.replace("none", "without memory")
+            ax.plot(table.index / 1e6, table.mean(axis=1), color=f"C{i}", label=label)
+        of_paper = {"color": "black", "linestyle": "--", "linewidth": 1}
+        ax.axhline(TASKS[task].paper["S5"], label="the paper's S5, maximum", **of_paper)
+        ax.set(title=task, xlabel="million steps", ylabel="mean return")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     save(figure, path)
 
 
@@ -195,7 +193,8 @@ def main():
         replace(curves, points)
         replace(path, rows)
     table, points = (x[x.steps == args.steps] for x in (read(path), read(curves)))
-    plot(HERE / "popgym.png", points)
+    if len(points):
+        plot(HERE / "popgym.png", points)
     print_table(table)
 
 

@@ -220,7 +220,7 @@ def test_suites_fit_have_trials_of_one_episode_and_scores_of_a_thousandth():
 
 def test_a_state_holds_no_array_of_size_zero_and_goes_on_as_an_environment():
     args = Args(suite="dmc-small", held_out_tasks=())
-    env, n = Environment(args.train_tasks, args), 6
+    env, n = Environment(args.train_tasks, args), 8
     key, action = jax.random.key(0), jnp.zeros((n, 2))
     states, obs = jax.eval_shape(lambda key: env.reset(key, n), key)
     after, now = jax.eval_shape(env.step, key, states, action)
