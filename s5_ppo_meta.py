@@ -185,7 +185,7 @@ SUITES = {  # train_tasks, held_out_tasks, projected sizes, trial_length, trial_
         (*BODIES, "inverted-pendulum", "reacher"),
         ("gymnax-reacher", "inverted-double-pendulum", "mountain-car", *NEW_BODIES),
     ),
-    "dmc": Suite(tuple(DMC)[:6], tuple(DMC)[6:11], **ONE_EPISODE),  # the paper's
+    "dmc": Suite(tuple(DMC)[:6], tuple(DMC)[6:11], **ONE_EPISODE),  # the paper's, without ours
     "dmc-small": Suite(  # what a CPU can carry
         ("cartpole-swingup", "point-mass-easy", "point-mass-wide", "reacher-easy"),
         ("cartpole-balance", "point-mass-hard", "reacher-hard", "pendulum-swingup"),
