@@ -17,7 +17,7 @@ class DMState(NamedTuple):
     qpos: jax.Array  # (q,) positions of the joints
     qvel: jax.Array  # (v,) their velocities
     warmstart: jax.Array  # (v,) where the solver of the constraints begins
-    kept: dict  # what an episode draws: mocap_pos (1, 3), where the target is; gains (a, q); width
+    kept: dict  # what an episode draws: mocap_pos (1, 3), where the target is; gains (a, q); reach
     obs: jax.Array  # (o,)
     reward: jax.Array  # from 0 to 1 a step of dm_control
     done: jax.Array  # 0: no task here ends by itself
@@ -85,7 +85,7 @@ class DMControl:
         return self.observe(self.place(qpos, qvel, kept), kept, jnp.zeros(self.action_size))
 
     def draw_kept(self, key) -> dict:
-        """A target, the directions (a, q) in which each action pulls, or the target's width."""
+        """A target, the directions (a, q) in which each action pulls, or how far a target pays."""
         size_key, angle_key, side_key = jax.random.split(key, 3)
         angle = jax.random.uniform(angle_key, minval=-np.pi, maxval=np.pi)
         x, y = jnp.sin(angle), jnp.cos(angle)  # angles from the vertical
@@ -99,8 +99,8 @@ class DMControl:
             between = jax.random.uniform(size_key, minval=least, maxval=np.pi - least)
             other = angle + between * jax.random.rademacher(side_key, ())
             return {"gains": jnp.array([[x, y], [jnp.sin(other), jnp.cos(other)]])}
-        if self.env_id.endswith("Wide"):  # times the target's own, which is too rarely met
-            return {"width": 16.0 ** jax.random.uniform(size_key)}
+        if self.env_id == "PointMassWide":  # in radii of the target; the root: more far than near
+            return {"reach": 32.0 ** jnp.sqrt(jax.random.uniform(size_key, minval=1e-6))}
         return {}
 
     def place(self, qpos, qvel, kept):
@@ -132,7 +132,8 @@ class DMControl:
         data = self.mjx.sensor_pos(self.model, self.mjx.kinematics(self.model, data))
         data = self.mjx.sensor_vel(self.model, data)
         obs = self.env._get_obs(data, {})
-        # A target is wider where all else is nearer.
-        paid = data.replace(geom_xpos=data.geom_xpos / kept.get("width", 1.0))
-        reward = self.env._get_reward(paid, action, {}, {})
+        reward = self.env._get_reward(data, action, {}, {})
+        if "reach" in kept:  # each halving of the distance pays as much; keeping still does not
+            distance = jnp.linalg.norm(obs[:2]) / self.env._target_size  # the target is at 0
+            reward = jnp.clip(1 - jnp.log(distance) / jnp.log(kept["reach"]), 0, 1)
         return DMState(data.qpos, data.qvel, data.qacc_warmstart, kept, obs, reward, jnp.zeros(()))

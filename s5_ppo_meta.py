@@ -133,7 +133,7 @@ DMC = {  # the paper's six training tasks, then its five held-out ones
     "pendulum-swingup": "PendulumSwingup",
     "point-mass-hard": "PointMassHard",
     "reacher-hard": "ReacherHard",
-    "point-mass-wide": "PointMassWide",  # ours: the target is 1 to 16 times as wide
+    "point-mass-wide": "PointMassWide",  # ours: it also pays to be near
 }
 # An episode is 250 actions of four steps each. Scores are returns / 1000, as others give them.
 # Rewards are from 0 to 1 a step and often rare: random actions' returns hardly spread, and rewards

@@ -190,22 +190,23 @@ def test_starts_and_targets_are_drawn_as_dm_control_draws_them(name):
         assert 0.85 < np.abs((one * other).sum(1)).max() <= 0.9 + 1e-6
 
 
-def test_a_wide_target_pays_as_the_paper_s_does_from_so_much_nearer():
-    (wide, reset), (narrow, _) = ours("point-mass-wide"), ours("point-mass-easy")
-    state, action = reset(1000), jnp.zeros(2)
-    width = state.kept["width"]
-    assert 1 <= width.min() < 1.1 and 14 < width.max() <= 16
-    assert abs(np.log2(width).mean() - 2) < 0.2  # as many from 1 to 4 as from 4 to 16
+def test_a_wide_target_pays_by_the_logarithm_of_the_distance():
+    wide, reset = ours("point-mass-wide")
+    state = reset(1000)
+    reach, action = np.array(state.kept["reach"]), jnp.ones(2)
+    assert 1 < reach.min() < 2 and 30 < reach.max() <= 32
+    assert abs((np.log2(reach) / 5).mean() - 2 / 3) < 0.03  # the mean of a root
 
-    @jax.vmap
-    def paid(qpos, qvel, width):
-        far = wide.observe(wide.place(qpos, qvel, {}), {"width": width}, action)
-        near = narrow.observe(narrow.place(qpos / width, qvel, {}), {}, action)
-        return far.reward, near.reward
+    def paid(radii, reach):  # the target is at 0
+        qpos = radii * wide.env._target_size * jnp.array([0.6, -0.8])
+        kept = {"reach": jnp.float32(reach)}
+        return wide.observe(wide.place(qpos, jnp.zeros(2), kept), kept, action).reward
 
-    far, near = paid(state.qpos, state.qvel, width)
-    np.testing.assert_allclose(far, near, rtol=1e-3, atol=1e-5)
-    assert (near > 0.1).sum() > 50
+    radii = jnp.array([0.5, 1.001, 2.0, 4.0, 8.0, 15.9, 17.0])
+    found = jax.vmap(lambda r: paid(r, 16.0))(radii)
+    np.testing.assert_allclose(found, [1, 1, 0.75, 0.5, 0.25, 0, 0], atol=3e-3)
+    # The least that is drawn pays within the target alone, as the paper's does.
+    np.testing.assert_allclose([paid(r, 1.01) for r in (0.5, 0.99, 1.02)], [1, 1, 0])
 
 
 def test_suites_fit_have_trials_of_one_episode_and_scores_of_a_thousandth():
