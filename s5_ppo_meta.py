@@ -1066,8 +1066,8 @@ def write_config(run_dir, args, flags):
     write(run_dir / "config.json", json.dumps(config, indent=2, default=str).encode())
 
 
-def save(run_dir, state, rows, metric):
-    """One moment of the run: checkpoint.gz, and metrics.csv, TensorBoard and a plot of its rows.
+def save(run_dir, state, rows):
+    """One moment of the run: checkpoint.gz, and its rows as metrics.csv and for TensorBoard.
 
     The checkpoint ends with a checksum (gzip's), and the one before is kept. All else is written
     anew, so that each row is there once, whatever a kill cut off.
@@ -1080,13 +1080,8 @@ def save(run_dir, state, rows, metric):
     if not rows:  # stopped before the first update
         return
 
-    from matplotlib.figure import Figure
-
-    table, figure = pd.DataFrame(rows), Figure(figsize=(6, 4), layout="constrained")
+    table = pd.DataFrame(rows)
     write(run_dir / "metrics.csv", table.to_csv(index=False, na_rep="nan").encode())
-    curves = table.set_index("global_step").groupby("seed")[metric]
-    curves.plot(ax=figure.subplots(), ylabel=metric)
-    figure.savefig(run_dir / "learning_curve.png", dpi=150)
     shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
     scalars = table.melt(["seed", "global_step"])
     for seed, mine in scalars[np.isfinite(scalars.value)].groupby("seed"):
@@ -1108,7 +1103,7 @@ def load_checkpoint(run_dir, like):
 # ==== Main ========================================================================================
 def main():
     start_time = time.time()
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's, handed on, need not exist here
+    os.environ["MPLBACKEND"] = "agg"  # gymnax loads it; a notebook's need not exist here
     args, flags = parse_flags()
     jax.config.update("jax_enable_x64", False)
     jax.config.update("jax_default_matmul_precision", "default" if args.tf32 else "highest")
@@ -1166,13 +1161,13 @@ def main():
             bar.set_postfix_str(f"score {metrics['charts/score'].mean():.2f}")
             bar.update(steps)
             if time.time() - last_save > args.checkpoint_interval:
-                save(run_dir, state, rows, "charts/score")
+                save(run_dir, state, rows)
                 last_save = time.time()
         bar.close()
     except OSError as error:  # a closed pipe, a full disk
         stopped_by.append(error)
     with refuse(run_dir, OSError):
-        save(run_dir, state, rows, "charts/score")
+        save(run_dir, state, rows)
     if stopped_by:
         sys.exit(f"stopped by {stopped_by[0]}; go on with: python {sys.argv[0]} --resume {run_dir}")
     for number in stopping | {signal.SIGPIPE}:

@@ -44,7 +44,7 @@ SUITES = {
     "goals": (15_000_000, 128, ["--log-interval", 4]),
     "cartpole": (15_000_000, 128, ["--log-interval", 4]),
     "classic": (96_000_000, 128, []),
-    "dmc-small": (100_000_000, 128, ["--ent-coef", 0.002]),
+    "dmc-small": (60_000_000, 128, ["--ent-coef", 0.002]),
 }
 # Blocks as many and as wide as S5's, of as many units as give 1 to 6 % more parameters than S5 has.
 # The LSTM's slowest gates last as long as S5's slowest states, 2 / dt_min.
