@@ -19,8 +19,8 @@ memory wiped at every episode, less than 0.1 if at every step. Departures from t
 - Each environment keeps its task. Matrices and bodies are drawn anew for each trial.
 - An episode's end inside a trial is a flag in the observation; only a trial's end is a reset.
 - The agent sees its own unprojected action and the scaled reward.
-- Tasks are gymnax's and brax's; --suite dmc has DMControl's, where an action lasts four steps:
-  dmcontrol.py, pip install -e ".[dmc]".
+- Tasks are gymnax's and brax's; --suite dmc has DMControl's, where an action lasts four steps;
+  dmc-small trains on one of ours too. dmcontrol.py, pip install -e ".[dmc]".
 """
 
 import argparse

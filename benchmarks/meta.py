@@ -194,7 +194,10 @@ def print_table(table):
     """Markdown: a line a suite and model, with blanks where there is no run."""
 
     def text(*which):
-        return "{:.2f} [{:.2f}, {:.2f}]".format(*x) if (x := summary(*which)) else ""
+        if not (found := summary(*which)):
+            return ""
+        mean, low, high = found
+        return f"{mean:.2f}" + f" [{low:.2f}, {high:.2f}]" * (low < high)  # one seed has none
 
     names = ["suite", "model", "training", "held out", "training, wiped every step"]
     names += ["parameters", "steps", "seconds a run", "seeds"]
