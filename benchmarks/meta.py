@@ -196,8 +196,8 @@ def print_table(table):
     def text(*which):
         if not (found := summary(*which)):
             return ""
-        mean, low, high = found
-        return f"{mean:.2f}" + f" [{low:.2f}, {high:.2f}]" * (low < high)  # one seed has none
+        mean, low, high = found  # one seed has no interval
+        return f"{mean:.2f} [{low:.2f}, {high:.2f}]" if low < high else f"{mean:.2f}"
 
     names = ["suite", "model", "training", "held out", "training, wiped every step"]
     names += ["parameters", "steps", "seconds a run", "seeds"]
