@@ -517,6 +517,15 @@ def test_a_finished_run_is_only_read_and_an_unfinished_one_goes_on(
     assert line.split("|")[7] == "64" and line.endswith("|3|")
 
 
+def test_a_table_gives_intervals_where_there_are_several_seeds(capsys):
+    common = {"suite": "cartpole", "model": "S5", "split": "training", "memory": "kept"}
+    common |= {"task": "a", "steps": 1, "parameters": 2, "seconds": 3}
+    meta.print_table(pd.DataFrame([common | {"seed": i, "mean": i / 2} for i in range(3)]))
+    assert "|cartpole|S5|0.50 [0.00, 1.00]||" in capsys.readouterr().out
+    meta.print_table(pd.DataFrame([common | {"seed": 0, "mean": 0.25}]))
+    assert "|cartpole|S5|0.25||" in capsys.readouterr().out
+
+
 def test_a_run_that_left_no_checkpoint_begins_anew(tmp_path, monkeypatch):
     (tmp_path / "runs" / "killed").mkdir(parents=True)
     begun = []
