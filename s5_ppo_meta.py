@@ -232,6 +232,7 @@ class Args:
     zoh: bool = False  # scale the input by zero-order hold, as the paper does, not to unit variance
 
     # ---- actor and critic
+    inner_products: bool = True  # show the encoder what no matrix for observations changes
     encoder_size: int = 256  # hidden units of the observation encoder
     head_size: int = 128  # hidden units in each of the two layers of the actor and of the critic
 
@@ -658,15 +659,53 @@ class SequenceModel(nn.Module):
 
 
 # ==== Actor-critic ================================================================================
+DECAYS = (0.9, 0.99)  # of the remembered sums, a step: they reach back 10 and 100 steps
+
+
+def direction_and_size(x):
+    """x (..., d) over its root mean square (..., 1), and the logarithm of this, -2 to about 1."""
+    size = jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-8)  # at least 1e-4
+    return x / size, jnp.log(size) / 3 + 1
+
+
+def inner_products(sums, obs, change, weights, reset):
+    """What a trial shows whatever its matrix for observations: that keeps inner products.
+
+    Remembered are the trial's first observation and K - 1 decaying sums: of obs and of change (T,
+    N, p), each times every weight (T, N, W), at every rate of DECAYS. With the last action as a
+    weight, the sum of changes points where that action leads. reset (T, N) empties the sums (N, K,
+    p), a linear recurrence as in S5. Returns those after each step (T, N, K, p), and features:
+    products of the directions of all sums, of obs and of the change's direction, and sizes.
+    """
+    terms = weights[..., None, None] * jnp.stack([obs, change], axis=2)[:, :, None]
+    terms = terms.reshape(*reset.shape, -1, obs.shape[-1])  # (T, N, 2 W, p)
+    decays = jnp.array([1.0, *np.repeat(DECAYS, terms.shape[2])])[:, None]
+    first = jnp.where(reset[..., None], obs, 0.0)[:, :, None]
+    terms = jnp.concatenate([first, *[terms] * len(DECAYS)], axis=2)
+
+    def step(x, inputs):
+        term, reset = inputs
+        x = jnp.where(reset[:, None, None], 0.0, decays * x) + term
+        return x, x
+
+    sums = jax.lax.scan(step, sums, (terms, reset))[1]
+    directions, sizes = direction_and_size(sums)
+    now = jnp.stack([obs, direction_and_size(change)[0]], axis=2)
+    vectors = jnp.concatenate([now, directions], axis=2)
+    products = jnp.einsum("tnkp,tnlp->tnkl", vectors, vectors) / obs.shape[-1]
+    one_of_each_pair = products[..., *np.triu_indices(vectors.shape[2])]
+    return sums, jnp.concatenate([one_of_each_pair, sizes[..., 0]], axis=-1)
+
+
 class ActorCritic(nn.Module):
     """Encoder, sequence model, and heads for a Gaussian policy and a value.
 
     What an action does shows in the change of observation and reward, so the encoder is given the
-    change too, by a memory of one step like the shift of Fu et al. (2023).
+    change too, by a memory of one step like the shift of Fu et al. (2023), and inner products.
 
-    carry: the last outcome (N, p + 1) and the sequence model's carry. Call with carry, obs (T, N,
-    O), reset (T, N); returns carry, the policy's mean and log standard deviation (T, N, A) each,
-    and value (T, N).
+    carry: the last outcome (N, p + 1), the inner products' sums (N, K, p) and the sequence model's
+    carry. Call with carry, obs (T, N, O), reset (T, N); returns carry, the policy's mean and log
+    standard deviation (T, N, A) each, and value (T, N).
     """
 
     args: Args
@@ -679,18 +718,20 @@ class ActorCritic(nn.Module):
         def dense(x, size, scale=np.sqrt(2)):
             return nn.Dense(size, kernel_init=nn.initializers.orthogonal(scale))(x)
 
-        def direction_and_size(x):
-            size = jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-8)  # at least 1e-4
-            return x / size, jnp.log(size) / 3 + 1  # -2 to about 1
-
-        last, carry = carry
+        last, sums, carry = carry
         outcome = jnp.concatenate([obs[..., :p], obs[..., p + A : p + A + 1]], axis=-1)
         outcome = jnp.concatenate([last[None], outcome])  # (T + 1, N, p + 1)
         new_episode = obs[..., -2] > 0.5  # between two episodes there is no change, but a jump
-        forget = reset | new_episode if self.args.num_layers else jnp.ones_like(reset)
-        change = jnp.where(forget[..., None], 0.0, outcome[1:] - outcome[:-1])
-        change = *direction_and_size(change[..., :p]), *direction_and_size(change[..., p:])
-        x = jnp.concatenate([obs, *change], axis=-1).reshape(T * N, -1)
+        no_memory = jnp.full_like(reset, self.args.num_layers == 0)
+        forget = (reset | new_episode | no_memory)[..., None]
+        change = jnp.where(forget, 0.0, outcome[1:] - outcome[:-1])
+        seen = [obs, *direction_and_size(change[..., :p]), *direction_and_size(change[..., p:])]
+        if self.args.inner_products:
+            weights = jnp.ones_like(obs[..., :1]), obs[..., p : p + A + 1], change[..., p:]
+            inputs = obs[..., :p], change[..., :p], jnp.concatenate(weights, axis=-1)
+            sums, products = inner_products(sums, *inputs, reset | no_memory)
+            sums, seen = sums[-1], [*seen, products]
+        x = jnp.concatenate(seen, axis=-1).reshape(T * N, -1)
         x = nn.relu(dense(nn.relu(dense(x, self.args.encoder_size)), self.args.d_model))
         carry, x = SequenceModel(self.args)(carry, x.reshape(T, N, self.args.d_model), reset)
         x = x.reshape(T * N, self.args.d_model)
@@ -707,11 +748,13 @@ class ActorCritic(nn.Module):
         mean, log_std = jnp.split(head(2 * A), 2, axis=-1)
         mean = 3 * jnp.tanh(mean / 3)
         log_std = np.log(0.1) + (np.log(2) - np.log(0.1)) * nn.sigmoid(log_std)
-        return (outcome[-1], carry), (mean, log_std), head(1)[..., 0]
+        return (outcome[-1], sums, carry), (mean, log_std), head(1)[..., 0]
 
     def initial_carry(self, num_envs):
-        last = jnp.zeros((num_envs, self.args.projected_obs_size + 1))
-        return last, SequenceModel(self.args, parent=None).initial_carry(num_envs)
+        p, A = self.args.projected_obs_size, self.args.projected_action_size
+        num_sums = (1 + len(DECAYS) * 2 * (A + 3)) * self.args.inner_products
+        vectors = jnp.zeros((num_envs, p + 1)), jnp.zeros((num_envs, num_sums, p))
+        return *vectors, SequenceModel(self.args, parent=None).initial_carry(num_envs)
 
 
 # ==== PPO =========================================================================================
