@@ -11,7 +11,8 @@ agent has to find out within the trial what its actions do, and remember it unti
 
 Expect 0.5 to 0.9 on the hidden goals, where 1 is a rule that sees the goal; 0.2 to 0.35 with the
 memory wiped at every episode, less than 0.1 if at every step. Departures from the paper:
-- PPO, not Muesli. The network is also shown the last change of the observation and of the reward.
+- PPO, not Muesli. The network is also shown the last change of the observation and of the reward,
+  and inner products, which no matrix for observations changes (--no-inner-products).
 - S5's largest initial time step is 2. With 0.1 even the fastest states would average over 20 steps
   and lose velocities. Its input is scaled to unit variance, not by zero-order hold (--zoh).
 - Gradients reach back one rollout, which may be shorter than a trial. An advantage counts rewards

@@ -30,24 +30,20 @@ SUITES = {"goals": 4_915_200, "cartpole": 3_072_000, "classic": 7_372_800}
 FLAGS = {
     "frequencies of zero": ["--frequency-scale", "0"],
     "no LayerNorm": ["--no-layer-norm"],
+    "no inner products": ["--no-inner-products"],
+    "inner products, no S5": ["--num-layers", "0"],
     "value beyond time limits": ["--bootstrap-truncated", "True"],  # as in all suites but goals
     "no value beyond time limits": ["--bootstrap-truncated", "False"],
 }
 
-RAW_CHANGE = [
-    (
-        "        change = *direction_and_size(change[..., :p]), "
-        "*direction_and_size(change[..., p:])\n",
-        "        change = (change,)\n",
-    )
-]
-NO_CHANGE = [("jnp.concatenate([obs, *change], axis=-1)", "obs")]
-
+SEEN = "[obs, *direction_and_size(change[..., :p]), *direction_and_size(change[..., p:])]"
 PATCHES = {
     "as it is": [],
     **{variant: [] for variant in FLAGS},
-    "raw change": RAW_CHANGE,
-    "no change": NO_CHANGE,
+    "raw change": [(SEEN, "[obs, change]")],
+    "no change": [(SEEN, "[obs]")],
+    # the sums and the last outcome stay
+    "inner products, no S5": [("jnp.full_like(reset, self.args.num_layers == 0)", "reset")],
 }
 
 

@@ -44,7 +44,7 @@ def paper(*returns):
 
 CART_POLE = "--env-id CartPole-v1 --seen 0 2 --env-params max_steps_in_episode"
 PENDULUM = "--suite cartpole --held-out-tasks --no-projection --projected-obs-size 2"
-PENDULUM += " --trial-length 1 --train-tasks"
+PENDULUM += " --no-inner-products --trial-length 1 --train-tasks"
 REPEAT = "--env-id RepeatPrevious --memory-length 64 --min-memory-length 64"
 TASKS = {
     "StatelessCartPole": Task(f"{CART_POLE} 600", 1 / 600, paper(1.0, 1.0, 0.26)),

@@ -110,8 +110,9 @@ def fixed_policy(name, policy, episodes):
 
 def specialist(name, steps):
     """Mean return over the last tenth of a run."""
-    flags = ["--no-projection", "--total-timesteps", steps, "--num-layers", 2]
-    flags += ["--num-envs", 160, "--num-minibatches", 4, "--update-epochs", 4, "--eval-trials", 2]
+    flags = ["--no-projection", "--no-inner-products", "--total-timesteps", steps]
+    flags += ["--num-layers", 2, "--num-envs", 160, "--num-minibatches", 4, "--update-epochs", 4]
+    flags += ["--eval-trials", 2]
     for flag, value in alone(name).items():
         values = value if isinstance(value, tuple) else (value,)
         flags += ["--" + flag.replace("_", "-"), *values]

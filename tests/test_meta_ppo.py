@@ -23,6 +23,7 @@ from s5_ppo_meta import (
     ProjectedTask,
     Transition,
     gaussian,
+    inner_products,
     learning_rate_schedule,
     make_train,
     ppo_loss,
@@ -320,11 +321,13 @@ def test_nothing_before_a_trial_reaches_the_agent_in_it_and_all_before_an_episod
     params = shaken(jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes))
 
     def later(memory, obs):
-        (_, memory), policy, value = apply(params, (carry[0], memory), obs, reset)
-        seen = *(x[at:] for x in (*policy, value)), *(jnp.abs(x) for x in memory)
+        (_, *memory), policy, value = apply(params, (carry[0], *memory), obs, reset)
+        seen = *(x[at:] for x in (*policy, value)), *map(jnp.abs, jax.tree.leaves(memory))
         return sum(jnp.square(x).sum() for x in seen)
 
-    of_memory, of_obs = jax.grad(later, (0, 1))(carry[1], obs)
+    of_memory, of_obs = jax.grad(later, (0, 1))(carry[1:], obs)
+    of_memory = jax.tree.leaves(of_memory)
+    assert len(of_memory) == 2  # sums, and states of a block
     assert all((x[:2] == 0).all() and (x[2:] != 0).all() for x in of_memory)
     assert (of_obs[:at, :2] == 0).all() and (of_obs[:at, 2:] != 0).any(-1).all()
     assert (of_obs[at:] != 0).any((0, 2)).all()
@@ -333,14 +336,15 @@ def test_nothing_before_a_trial_reaches_the_agent_in_it_and_all_before_an_episod
 @pytest.mark.parametrize("num_layers", [0, 1])
 def test_the_encoder_sees_the_change_within_an_episode_if_there_is_a_memory(num_layers):
     rng, T, M = np.random.default_rng(0), 6, 3
-    network = ActorCritic(Args(**TINY | {"num_layers": num_layers}))
+    changed = {"num_layers": num_layers, "inner_products": False}
+    network = ActorCritic(Args(**TINY | changed))
     obs = rng.normal(size=(T, M, O + A + 3)).astype(np.float32)
     obs[2, 0, :O] = obs[1, 0, :O]  # nothing moved
     obs[..., -2:] = 0
     reset = np.zeros((T, M), bool)
     obs[3, 1, -2], reset[4, 2] = 1, True  # an episode's and a trial's first observation
     last = rng.normal(size=(M, O + 1)).astype(np.float32)
-    carry, seen = (last, network.initial_carry(M)[1]), []
+    carry, seen = (last, *network.initial_carry(M)[1:]), []
 
     def spy(call, inputs, kwargs, context):
         if isinstance(context.module, nn.Dense):
@@ -351,7 +355,7 @@ def test_the_encoder_sees_the_change_within_an_episode_if_there_is_a_memory(num_
     def run():
         params = network.init(KEY, carry, obs, reset)
         with nn.intercept_methods(spy):
-            (next_last, _), *_ = network.apply(params, carry, obs, reset)
+            (next_last, *_), *_ = network.apply(params, carry, obs, reset)
         return next_last, seen.pop(0)
 
     next_last, encoded = run()
@@ -366,6 +370,59 @@ def test_the_encoder_sees_the_change_within_an_episode_if_there_is_a_memory(num_
         size = np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-8)
         expected += [x / size, np.log(size) / 3 + 1]
     np.testing.assert_allclose(encoded, np.concatenate(expected, axis=-1), rtol=1e-4, atol=1e-6)
+
+
+def random_inputs(T, M, p, W):
+    rng = np.random.default_rng(0)
+    obs, change = rng.normal(size=(2, T, M, p)).astype(np.float32)
+    weights = rng.normal(size=(T, M, W)).astype(np.float32)
+    reset = np.arange(T)[:, None] == [0, 3]  # the second environment goes on with what it has
+    sums = rng.normal(size=(M, 1 + 4 * W, p)).astype(np.float32)
+    return sums, obs, change, weights, reset
+
+
+def test_inner_products_are_those_of_the_first_observation_and_of_decaying_sums():
+    T, M, p, W = 6, 2, 5, 3
+    sums, obs, change, weights, reset = random_inputs(T, M, p, W)
+    kept, features = inner_products(sums, obs, change, weights, reset)
+    for m in range(M):
+        x = sums[m].astype(float)
+        for t in range(T):
+            if reset[t, m]:
+                x = np.zeros_like(x)
+                x[0] = obs[t, m]
+            row = 1
+            for decay, weight, vector in product((0.9, 0.99), weights[t, m], (obs, change)):
+                x[row] = decay * x[row] + weight * vector[t, m]
+                row += 1
+            assert row == len(x)
+            np.testing.assert_allclose(kept[t, m], x, rtol=1e-4, atol=1e-5)
+            size = np.sqrt(np.square(x).mean(1) + 1e-8)
+            vectors = np.stack([obs[t, m], change[t, m] / np.sqrt(np.square(change[t, m]).mean())])
+            vectors = np.concatenate([vectors, x / size[:, None]])
+            pairs = [a @ b / p for i, a in enumerate(vectors) for b in vectors[i:]]
+            expected = [*pairs, *(np.log(size) / 3 + 1)]
+            np.testing.assert_allclose(features[t, m], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_no_matrix_for_observations_changes_inner_products():
+    sums, obs, change, weights, reset = random_inputs(6, 2, 5, 3)
+    matrix = np.float32(stats.ortho_group.rvs(8, random_state=0)[:5] * np.sqrt(8 / 5))
+    projected = inner_products(sums @ matrix, obs @ matrix, change @ matrix, weights, reset)
+    plain = inner_products(sums, obs, change, weights, reset)
+    np.testing.assert_allclose(projected[0], plain[0] @ matrix, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(projected[1], plain[1], rtol=1e-3, atol=1e-4)
+
+
+def test_without_memory_the_network_remembers_no_sums():
+    network = ActorCritic(Args(**TINY | {"num_layers": 0}))
+    rng = np.random.default_rng(0)
+    obs = rng.normal(size=(4, 2, O + A + 3)).astype(np.float32)
+    no_reset = np.zeros((4, 2), bool)
+    params = network.init(KEY, network.initial_carry(2), obs, no_reset)
+    at_once = network.apply(params, network.initial_carry(2), obs, no_reset)[1:]
+    alone = network.apply(params, network.initial_carry(2), obs[3:], no_reset[3:])[1:]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x[3:], y, atol=1e-5), at_once, alone)
 
 
 # ---- returns
