@@ -333,10 +333,12 @@ def test_nothing_before_a_trial_reaches_the_agent_in_it_and_all_before_an_episod
     assert (of_obs[at:] != 0).any((0, 2)).all()
 
 
-@pytest.mark.parametrize("num_layers", [0, 1])
-def test_the_encoder_sees_the_change_within_an_episode_if_there_is_a_memory(num_layers):
+@pytest.mark.parametrize(("num_layers", "with_products"), [(0, False), (1, False), (1, True)])
+def test_the_encoder_sees_the_change_within_an_episode_if_there_is_a_memory(
+    num_layers, with_products
+):  # fmt: skip
     rng, T, M = np.random.default_rng(0), 6, 3
-    changed = {"num_layers": num_layers, "inner_products": False}
+    changed = {"num_layers": num_layers, "inner_products": with_products}
     network = ActorCritic(Args(**TINY | changed))
     obs = rng.normal(size=(T, M, O + A + 3)).astype(np.float32)
     obs[2, 0, :O] = obs[1, 0, :O]  # nothing moved
@@ -344,7 +346,9 @@ def test_the_encoder_sees_the_change_within_an_episode_if_there_is_a_memory(num_
     reset = np.zeros((T, M), bool)
     obs[3, 1, -2], reset[4, 2] = 1, True  # an episode's and a trial's first observation
     last = rng.normal(size=(M, O + 1)).astype(np.float32)
-    carry, seen = (last, *network.initial_carry(M)[1:]), []
+    _, sums, states = network.initial_carry(M)
+    sums = rng.normal(size=sums.shape).astype(np.float32)
+    carry, seen = (last, sums, states), []
 
     def spy(call, inputs, kwargs, context):
         if isinstance(context.module, nn.Dense):
@@ -355,10 +359,10 @@ def test_the_encoder_sees_the_change_within_an_episode_if_there_is_a_memory(num_
     def run():
         params = network.init(KEY, carry, obs, reset)
         with nn.intercept_methods(spy):
-            (next_last, *_), *_ = network.apply(params, carry, obs, reset)
-        return next_last, seen.pop(0)
+            (next_last, next_sums, _), *_ = network.apply(params, carry, obs, reset)
+        return next_last, next_sums, seen.pop(0)
 
-    next_last, encoded = run()
+    next_last, next_sums, encoded = run()
     outcome = np.concatenate([obs[..., :O], obs[..., [O + A]]], axis=-1)
     outcome = np.concatenate([last[None], outcome])
     np.testing.assert_array_equal(next_last, outcome[-1])
@@ -369,6 +373,12 @@ def test_the_encoder_sees_the_change_within_an_episode_if_there_is_a_memory(num_
     for x in (change[..., :-1], change[..., -1:]):
         size = np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-8)
         expected += [x / size, np.log(size) / 3 + 1]
+    if with_products:
+        weights = np.ones((T, M, 1)), obs[..., O : O + A + 1], change[..., -1:]
+        inputs = obs[..., :O], change[..., :-1], np.concatenate(weights, axis=-1)
+        kept, products = inner_products(sums, *inputs, reset)
+        np.testing.assert_allclose(next_sums, kept[-1], rtol=1e-4, atol=1e-5)
+        expected.append(products)
     np.testing.assert_allclose(encoded, np.concatenate(expected, axis=-1), rtol=1e-4, atol=1e-6)
 
 
