@@ -285,7 +285,7 @@ def test_two_devices_have_environments_of_their_own_and_one_set_of_parameters():
         for x in jax.tree.leaves([getattr(state, name) for name in fields]):
             one, other = (np.asarray(shard.data) for shard in x.addressable_shards)
             np.testing.assert_array_equal(one, other)
-        for x in (state.obs, state.env_state[0].trial.obs_matrix, state.carry[1][0]):
+        for x in (state.obs, state.env_state[0].trial.obs_matrix, state.carry[-1][0]):
             assert len(np.unique(np.asarray(x).reshape(2 * N, -1), axis=0)) == 2 * N
         moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), before.params, state.params)
         assert max(jax.tree.leaves(moved)) > 1e-3
