@@ -429,10 +429,15 @@ def test_without_memory_the_network_remembers_no_sums():
     rng = np.random.default_rng(0)
     obs = rng.normal(size=(4, 2, O + A + 3)).astype(np.float32)
     no_reset = np.zeros((4, 2), bool)
-    params = network.init(KEY, network.initial_carry(2), obs, no_reset)
-    at_once = network.apply(params, network.initial_carry(2), obs, no_reset)[1:]
-    alone = network.apply(params, network.initial_carry(2), obs[3:], no_reset[3:])[1:]
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x[3:], y, atol=1e-5), at_once, alone)
+
+    @jax.jit
+    def run():
+        params = network.init(KEY, network.initial_carry(2), obs, no_reset)
+        at_once = network.apply(params, network.initial_carry(2), obs, no_reset)
+        alone = network.apply(params, network.initial_carry(2), obs[3:], no_reset[3:])
+        return at_once[1:], alone[1:]
+
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x[3:], y, atol=1e-5), *run())
 
 
 # ---- returns
