@@ -771,7 +771,7 @@ def test_a_cart_whose_pushes_are_turned_around_is_balanced_by_memory(monkeypatch
     sizes = {"d_model": 32, "state_size": 16, "encoder_size": 32, "head_size": 32, "num_steps": 64}
     trials = {"trial_length": 3, "trial_unit": "episodes", "eval_trial_length": 3}
     task = {"projected_obs_size": 2, "projected_action_size": 1, "train_tasks": ("cart",)}
-    total = {"total_timesteps": 600_000, "log_interval": 98, "learning_rate": 2e-3}
+    total = {"total_timesteps": 900_000, "log_interval": 147, "learning_rate": 2e-3}
     args = Args(**LEARNING | sizes | trials | task | total)
     rewards, dones = train_and_play(args)
     kept, wiped = (
