@@ -561,7 +561,7 @@ def evaluate(params, key, memory_length, args, env):
 def report(run_dir, state, keys, timing, args, env):
     """Writes and prints mean returns, of all seeds, also at lengths not trained on: eval.json."""
     of_seeds = jax.jit(jax.vmap(partial(evaluate, args=args, env=env), (0, 0, None)))
-    factors = (0.5, 1, 2, 4) if env.has_memory_length else ()
+    factors = (0.5, 1, 2, 4, 8) if env.has_memory_length else ()
     lengths = [max(1, int(args.memory_length * factor)) for factor in factors] or [0]
     means = {length: of_seeds(state.params, keys, length).mean(1).tolist() for length in lengths}
     write(run_dir / "eval.json", json.dumps({"mean_return": means} | timing, indent=2).encode())

@@ -15,8 +15,9 @@ so that PPO learns from whole rollouts in which episodes begin and end.
 Expect 1.00, every answer right, up to twice the trained length; some seeds go further. Departures:
 - Every episode draws a memory length from --min-memory-length to --memory-length: short questions
   teach the long ones. With both equal it is the paper's task.
-- So that S5 also remembers for longer than it was trained to: the size of its states costs, it sees
-  no constant input (no biases before it, no normalisation), and its states do not turn at first.
+- So that S5 also remembers for longer than it was trained to: the size of its states costs, and
+  input at every step rather than at few; it sees no constant input (no biases before it, no
+  normalisation); and its states do not turn at first.
 - PPO on many environments, not A2C on one.
 - A reset zeroes the state's transition for that step: the paper's operator with one element less.
 - The input is scaled to unit variance (Orvieto et al. 2023); --zoh has the paper's zero-order hold.
@@ -82,11 +83,12 @@ class Args:
     num_layers: int = 2  # S5 blocks; 0 is the network without memory
     d_model: int = 64  # D, width of the blocks
     state_size: int = 32  # P, complex states of a block
-    dt_min: float | None = None  # smallest initial time step; None: 0.1 / MEMORY_LENGTH
+    dt_min: float | None = None  # smallest initial time step; None: 0.01 / MEMORY_LENGTH
     dt_max: float = 0.1  # largest initial time step
     frequency_scale: float = 0.0  # times HiPPO's frequencies; 0: states decay, but do not turn
     layer_norm: bool = False  # normalise what each block sees
     state_coef: float = 0.3  # weight of the states' mean square in the loss
+    sparsity_coef: float = 0.03  # weight of how evenly over time the states are fed
     zoh: bool = False  # scale the input by zero-order hold, as the paper does, not to unit variance
 
     # ---- actor and critic
@@ -120,8 +122,8 @@ class Args:
             raise ValueError(f"--noise-std {self.noise_std} is no standard deviation")
         if self.num_envs % (self.num_minibatches * self.num_devices):
             raise ValueError("--num-envs is no multiple of --num-minibatches x --num-devices")
-        if self.dt_min is None:  # the slowest states last 20 times as long as the longest memory
-            self.dt_min = 0.1 / self.memory_length
+        if self.dt_min is None:  # the slowest states last 200 times as long as the longest memory
+            self.dt_min = 0.01 / self.memory_length
         if self.num_updates * self.update_epochs * self.num_minibatches >= 2**31:
             raise ValueError(f"--total-timesteps {self.total_timesteps} needs 2^31 gradient steps")
 
@@ -355,7 +357,12 @@ class S5(nn.Module):
         states = s5_scan(a_bar, bu, reset, state)
         # If size costs nothing, slow states gather a little of every step and drown what they keep.
         size = jnp.square(jnp.abs(states)).mean()
-        self.sow("intermediates", "penalty", self.args.state_coef * size)
+        # Mean over root mean square, of what enters a state (Hoyer 2004): 1 if that is the same at
+        # every step, near 0 if it comes at few. So a trickle costs, however small.
+        inflow = jnp.abs(bu)
+        evenness = inflow.mean((0, 1)) / jnp.sqrt(jnp.square(inflow).mean((0, 1)) + 1e-12)
+        penalty = self.args.state_coef * size + self.args.sparsity_coef * evenness.mean()
+        self.sow("intermediates", "penalty", penalty)
         x = states.reshape(T * N, P)
         y = 2 * jnp.concatenate([x.real, x.imag], axis=1) @ c + d * u  # (T N, D)
         return states[-1], y.reshape(T, N, D)
@@ -625,7 +632,7 @@ def evaluate(params, key, memory_length, args, env):
 def report(run_dir, state, keys, timing, args, env):
     """Writes and prints mean returns, of all seeds, also at lengths not trained on: eval.json."""
     of_seeds = jax.jit(jax.vmap(partial(evaluate, args=args, env=env), (0, 0, None)))
-    factors = (0.5, 1, 2, 4) if env.has_memory_length else ()
+    factors = (0.5, 1, 2, 4, 8) if env.has_memory_length else ()
     lengths = [max(1, int(args.memory_length * factor)) for factor in factors] or [0]
     means = {length: of_seeds(state.params, keys, length).mean(1).tolist() for length in lengths}
     write(run_dir / "eval.json", json.dumps({"mean_return": means} | timing, indent=2).encode())

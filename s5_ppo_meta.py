@@ -230,6 +230,7 @@ class Args:
     frequency_scale: float = 1.0  # times HiPPO's frequencies; 0: states decay, but do not turn
     layer_norm: bool = True  # normalise what each block sees
     state_coef: float = 0.0  # weight of the states' mean square in the loss
+    sparsity_coef: float = 0.0  # weight of how evenly over time the states are fed
     zoh: bool = False  # scale the input by zero-order hold, as the paper does, not to unit variance
 
     # ---- actor and critic
@@ -628,7 +629,12 @@ class S5(nn.Module):
         states = s5_scan(a_bar, bu, reset, state)
         # If size costs nothing, slow states gather a little of every step and drown what they keep.
         size = jnp.square(jnp.abs(states)).mean()
-        self.sow("intermediates", "penalty", self.args.state_coef * size)
+        # Mean over root mean square, of what enters a state (Hoyer 2004): 1 if that is the same at
+        # every step, near 0 if it comes at few. So a trickle costs, however small.
+        inflow = jnp.abs(bu)
+        evenness = inflow.mean((0, 1)) / jnp.sqrt(jnp.square(inflow).mean((0, 1)) + 1e-12)
+        penalty = self.args.state_coef * size + self.args.sparsity_coef * evenness.mean()
+        self.sow("intermediates", "penalty", penalty)
         x = states.reshape(T * N, P)
         y = 2 * jnp.concatenate([x.real, x.imag], axis=1) @ c + d * u  # (T N, D)
         return states[-1], y.reshape(T, N, D)

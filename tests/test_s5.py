@@ -226,17 +226,38 @@ def test_no_gradient_step_makes_the_carry_grow_without_bound():
     assert growth(grown) < growth(params) - 1  # the steps went where they were meant to
 
 
-def test_the_penalty_is_the_mean_square_of_the_states_and_none_while_acting():
+@pytest.mark.parametrize("coefs", [(0.5, 0.0), (0.0, 0.2)])
+def test_the_penalties_are_of_states_and_of_what_enters_them(coefs):
     T, N, D, P = 7, 3, 4, 2
-    args = Args(d_model=D, state_size=P, state_coef=0.5)
+    args = Args(d_model=D, state_size=P, state_coef=coefs[0], sparsity_coef=coefs[1])
     u = jax.random.normal(jax.random.PRNGKey(0), (T, N, D))
-    reset, state = jnp.zeros((T, N), bool), jnp.zeros((N, P), jnp.complex64)
-    params = S5(args).init(jax.random.PRNGKey(1), state, u, reset)
+    reset, zeros = jnp.zeros((T, N), bool), jnp.zeros((N, P), jnp.complex64)
+    params = S5(args).init(jax.random.PRNGKey(1), zeros, u, reset)
     assert {*params} == {"params"}
-    _, sown = S5(args).apply(params, state, u, reset, mutable="intermediates")
-    squares = []
+    _, sown = S5(args).apply(params, zeros, u, reset, mutable="intermediates")
+    state, states, entered = zeros, [], []
     for t in range(T):
         state, _ = S5(args).apply(params, state, u[t : t + 1], reset[t : t + 1])
-        squares.append(np.abs(np.array(state)) ** 2)
+        alone, _ = S5(args).apply(params, zeros, u[t : t + 1], reset[t : t + 1])
+        states.append(np.abs(np.array(state)))
+        entered.append(np.abs(np.array(alone)))
+    entered = np.reshape(entered, (T * N, P))  # a state's mean over its root mean square
+    evenness = (entered.mean(0) / np.sqrt((entered**2).mean(0))).mean()
     (penalty,) = jax.tree.leaves(sown)
-    assert penalty == pytest.approx(0.5 * np.mean(squares), rel=1e-5)
+    expected = args.state_coef * np.mean(np.square(states)) + args.sparsity_coef * evenness
+    assert penalty == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_layer_that_is_fed_nothing_has_no_penalty_and_a_finite_gradient():
+    args = Args(d_model=4, state_size=2)
+    u, reset = jnp.zeros((7, 3, 4)), jnp.zeros((7, 3), bool)
+    state = jnp.zeros((3, 2), jnp.complex64)
+    params = S5(args).init(jax.random.PRNGKey(0), state, u, reset)
+
+    def penalty(params):
+        _, sown = S5(args).apply(params, state, u, reset, mutable="intermediates")
+        return sum(jax.tree.leaves(sown))
+
+    value, grads = jax.value_and_grad(penalty)(params)
+    assert value == 0
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(grads))
