@@ -304,7 +304,8 @@ def test_two_devices_share_the_environments_and_keep_the_same_parameters():
 # ---- evaluation
 def test_an_evaluation_counts_the_first_episode_of_each_environment_and_no_other():
     """CartPole's end at different steps; a loop by hand goes on until the last has ended."""
-    args = Args(**TINY | {"num_layers": 1}, **S5, env_id="CartPole-v1", eval_episodes=16)
+    tiny = TINY | {"num_layers": 1, "dt_min": 0.1 / 128}
+    args = Args(**tiny, **S5, env_id="CartPole-v1", eval_episodes=16)
     env, network, key = Environment(args), s5_ppo_memory.ActorCritic(args, 2), jax.random.PRNGKey(3)
     carry, reset = s5_ppo_memory.SequenceModel(args).initial_carry(16), jnp.ones(16, bool)
     params = jax.jit(network.init)(jax.random.PRNGKey(0), carry, jnp.zeros((1, 16, 6)), reset[None])

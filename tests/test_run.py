@@ -190,9 +190,9 @@ def test_a_run_leaves_its_flags_numbers_and_parameters(whole):
             assert there == pytest.approx(float(row[name]), rel=1e-6, nan_ok=True)
     assert not scalars
     evaluation = json.loads((path / "eval.json").read_text())["mean_return"]
-    assert [*evaluation] == ["1", "3", "6", "12"]
+    assert [*evaluation] == ["1", "3", "6", "12", "24"]
     assert all(len(x) == 2 and -1 <= min(x) <= max(x) <= 1 for x in evaluation.values())
-    printed = [f"{x:.2f}" for x in (evaluation["1"][1], evaluation["12"][1])]
+    printed = [f"{x:.2f}" for x in (evaluation["1"][1], evaluation["24"][1])]
     last = ended.out.splitlines()[-1].split()
     assert [last[0], last[1], last[-1]] == ["6", *printed]
 
