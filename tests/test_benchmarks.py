@@ -22,6 +22,7 @@ import ablations
 import adaptation
 import common
 import compose
+import first_minute
 import memory_length
 import meta
 import popgym_hard
@@ -198,6 +199,30 @@ def test_every_model_gets_as_many_steps_and_a_rollout_holds_an_episode(length):
         steps.add((args.num_updates, args.batch_size))
     assert len(steps) == 1
     assert args.context_length >= length + 2  # the Transformer's
+
+
+def test_the_first_minute_has_a_row_a_seed_and_a_column_for_each_length_asked(
+    monkeypatch, tmp_path
+):
+    def train(script, flags, folder, **kwargs):
+        assert (script, flags[0]) == ("s5_ppo_memory.py", "--seed")
+        run_dir, flags = Path(folder, "run"), {"memory_length": 2, "eval_episodes": 4}
+        state = leave_a_run(s5_ppo_memory, run_dir, **flags)
+        args = s5_ppo_memory.Args(**SMALL, **flags)
+        keys, timing = jax.random.PRNGKey(0)[None], {"compiled_after": 1.0}
+        env = s5_ppo_memory.Environment(args)
+        s5_ppo_memory.report(run_dir, state, keys, timing, args, env)
+        return run_dir
+
+    monkeypatch.setattr(first_minute, "train", train)
+    monkeypatch.setattr(first_minute, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["first_minute.py"])
+    first_minute.main()
+    table = pd.read_csv(tmp_path / "first_minute.csv")
+    assert table.seed.tolist() == [0, 1, 2, 3, 4]
+    names = "_at_half", "", "_at_double", "_at_4_times", "_at_8_times"
+    returns = table[[f"return{name}" for name in names]]
+    assert returns.isin([-1, -0.5, 0, 0.5, 1]).all(axis=None)  # means of 4 answers
 
 
 @pytest.mark.parametrize("one_length", [True, False])

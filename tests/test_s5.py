@@ -226,6 +226,12 @@ def test_no_gradient_step_makes_the_carry_grow_without_bound():
     assert growth(grown) < growth(params) - 1  # the steps went where they were meant to
 
 
+@pytest.mark.parametrize("length", [4, 128, 4096])
+def test_the_slowest_states_keep_most_of_themselves_for_32_times_the_longest_question(length):
+    args = Args(memory_length=length)
+    assert 0.8 < np.exp(-0.5 * args.dt_min * 32 * length) < 0.99  # their decay is dt / 2 a step
+
+
 @pytest.mark.parametrize("coefs", [(0.5, 0.0), (0.0, 0.2)])
 def test_the_penalties_are_of_states_and_of_what_enters_them(coefs):
     T, N, D, P = 7, 3, 4, 2
