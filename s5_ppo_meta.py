@@ -628,12 +628,15 @@ class S5(nn.Module):
         bu = jax.lax.complex(bu[:, :P], bu[:, P:]).reshape(T, N, P)
         states = s5_scan(a_bar, bu, reset, state)
         # If size costs nothing, slow states gather a little of every step and drown what they keep.
-        size = jnp.square(jnp.abs(states)).mean()
+        penalty = 0.0
+        if self.args.state_coef:
+            penalty += self.args.state_coef * jnp.square(jnp.abs(states)).mean()
         # Mean over root mean square, of what enters a state (Hoyer 2004): 1 if that is the same at
         # every step, near 0 if it comes at few. So a trickle costs, however small.
-        inflow = jnp.abs(bu)
-        evenness = inflow.mean((0, 1)) / jnp.sqrt(jnp.square(inflow).mean((0, 1)) + 1e-12)
-        penalty = self.args.state_coef * size + self.args.sparsity_coef * evenness.mean()
+        if self.args.sparsity_coef:
+            inflow = jnp.abs(bu)
+            evenness = inflow.mean((0, 1)) / jnp.sqrt(jnp.square(inflow).mean((0, 1)) + 1e-12)
+            penalty += self.args.sparsity_coef * evenness.mean()
         self.sow("intermediates", "penalty", penalty)
         x = states.reshape(T * N, P)
         y = 2 * jnp.concatenate([x.real, x.imag], axis=1) @ c + d * u  # (T N, D)
