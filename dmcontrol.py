@@ -23,13 +23,19 @@ class DMState(NamedTuple):
     done: jax.Array  # 0: no task here ends by itself
 
 
+# Playground's names of the bodies of tasks that it has not.
+BODIES = {"PointMassHard": "PointMass", "PointMassWide": "PointMass"}
+BODIES |= {"CartpoleAnywhere": "CartpoleSwingup"}
+
 # Steps of dm_control that an action lasts. There are 50 or 100 of them a second: what an action
 # changes in a single one hardly shows, and a second would be far in the future.
 ACTION_REPEAT = 4
 
 # Low and high of the positions that an episode starts from; of other tasks, the joints' limits.
+# Anywhere leaves out what is near upright, since CartpoleBalance is to be held out.
 START_RANGES = {
     "BallInCup": ((0.0, 0.0, -0.2, 0.2), (0.0, 0.0, 0.2, 0.5)),
+    "CartpoleAnywhere": ((-1.0, 0.5), (1.0, 2 * np.pi - 0.5)),
     "CartpoleBalance": ((-0.1, -0.034), (0.1, 0.034)),
     "CartpoleSwingup": ((0.0, np.pi), (0.0, np.pi)),
 }
@@ -53,8 +59,8 @@ class DMControl:
             needed = 'DMControl\'s tasks need MuJoCo Playground: pip install -e ".[dmc]"'
             raise ValueError(f"{needed} ({error})") from error
         self.env_id, self.mjx, self.physics = env_id, mjx, mujoco_playground.step
-        name = env_id.removesuffix("Wide").replace("PointMassHard", "PointMass")
-        self.env = mujoco_playground.registry.load(name, config_overrides={"impl": "jax"})
+        body, config = BODIES.get(env_id, env_id), {"impl": "jax"}
+        self.env = mujoco_playground.registry.load(body, config_overrides=config)
         self.model, self.action_size = self.env.mjx_model, self.env.action_size
         self.blank = mjx.make_data(self.env.mj_model, impl="jax")
         joints = self.env.mj_model

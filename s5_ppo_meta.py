@@ -21,7 +21,7 @@ memory wiped at every episode, less than 0.1 if at every step. Departures from t
 - An episode's end inside a trial is a flag in the observation; only a trial's end is a reset.
 - The agent sees its own unprojected action and the scaled reward.
 - Tasks are gymnax's and brax's; --suite dmc has DMControl's, where an action lasts four steps;
-  dmc-small trains on one of ours too. dmcontrol.py, pip install -e ".[dmc]".
+  dmc-small trains on two of ours too. dmcontrol.py, pip install -e ".[dmc]".
 """
 
 import argparse
@@ -121,8 +121,8 @@ POPGYM = {
 TASKS |= POPGYM
 
 # DMControl's tasks (Tassa et al. 2018), with MuJoCo Playground's names of them. Playground has no
-# PointMassHard and PointMassWide; dmcontrol.py makes them of PointMass.
-DMC = {  # the paper's six training tasks, then its five held-out ones
+# PointMassHard and neither of ours: dmcontrol.py makes them of what it has.
+DMC = {  # the paper's six training tasks, its five held-out ones, and two of ours to train on
     "ball-in-cup-catch": "BallInCup",
     "cartpole-swingup": "CartpoleSwingup",
     "finger-spin": "FingerSpin",
@@ -134,7 +134,8 @@ DMC = {  # the paper's six training tasks, then its five held-out ones
     "pendulum-swingup": "PendulumSwingup",
     "point-mass-hard": "PointMassHard",
     "reacher-hard": "ReacherHard",
-    "point-mass-wide": "PointMassWide",  # ours: it also pays to be near
+    "point-mass-wide": "PointMassWide",  # it also pays to be near
+    "cartpole-anywhere": "CartpoleAnywhere",  # swing-up from any angle but upright
 }
 # An episode is 250 actions of four steps each. Scores are returns / 1000, as others give them.
 # Rewards are from 0 to 1 a step and often rare: random actions' returns hardly spread, and rewards
@@ -188,7 +189,7 @@ SUITES = {  # train_tasks, held_out_tasks, projected sizes, trial_length, trial_
     ),
     "dmc": Suite(tuple(DMC)[:6], tuple(DMC)[6:11], **ONE_EPISODE),  # the paper's, without ours
     "dmc-small": Suite(  # what a CPU can carry
-        ("cartpole-swingup", "point-mass-easy", "point-mass-wide", "reacher-easy"),
+        ("cartpole-swingup", "point-mass-easy", "reacher-easy", *tuple(DMC)[11:]),
         ("cartpole-balance", "point-mass-hard", "reacher-hard", "pendulum-swingup"),
         **ONE_EPISODE,
     ),

@@ -21,7 +21,7 @@ for struct in (mujoco.MjModel, mujoco.MjData):  # dm_control 1.0.50 wants more t
     for field in [field for field in fields if not hasattr(struct, field)]:
         del fields[field]
 
-PAPERS = [name for name in DMC if name != "point-mass-wide"]
+PAPERS, OURS = tuple(DMC)[:11], tuple(DMC)[11:]
 CONTACTS = ("ball-in-cup", "finger")  # of which Playground solves fewer, in fewer iterations
 ACTIONS, N = 5, 12
 
@@ -209,6 +209,29 @@ def test_a_wide_target_pays_by_the_logarithm_of_the_distance():
     np.testing.assert_allclose([paid(r, 1.01) for r in (0.5, 0.99, 1.02)], [1, 1, 0])
 
 
+def test_a_swing_up_starts_anywhere_but_where_the_held_out_balance_starts():
+    state = ours("cartpole-anywhere")[1](1000)
+    position, angle = np.array(state.qpos).T
+    assert -1 <= position.min() < -0.9 and 0.9 < position.max() <= 1
+    assert 0.5 <= angle.min() < 0.55 and 0.5 <= 2 * np.pi - angle.max() < 0.55
+    assert abs(angle.mean() - np.pi) < 0.2 and abs(position.mean()) < 0.1
+    assert 0 < np.abs(state.qvel).max() < 0.1
+    held_out, rewards = ours("cartpole-balance")[1](1000), []
+    assert np.abs(held_out.qpos[:, 1]).max() < 0.04
+    for name in ("cartpole-anywhere", "cartpole-swingup"):  # the same is seen, and paid
+        task, _ = ours(name)
+        data = task.place(state.qpos[0], state.qvel[0], {})
+        rewards.append(task.observe(data, {}, jnp.ones(1)))
+    np.testing.assert_array_equal(*(x.obs for x in rewards))
+    np.testing.assert_array_equal(*(x.reward for x in rewards))
+
+
+def test_the_small_suite_trains_on_three_of_the_papers_training_tasks_and_on_both_of_ours():
+    args = Args(suite="dmc-small")
+    assert {*args.train_tasks} - {*OURS} < {*PAPERS[:6]} and {*OURS} < {*args.train_tasks}
+    assert not {*args.held_out_tasks} & ({*PAPERS[:6]} | {*OURS})
+
+
 def test_suites_fit_have_trials_of_one_episode_and_scores_of_a_thousandth():
     for name in ("dmc", "dmc-small"):
         args = Args(suite=name)
@@ -221,7 +244,7 @@ def test_suites_fit_have_trials_of_one_episode_and_scores_of_a_thousandth():
 
 def test_a_state_holds_no_array_of_size_zero_and_goes_on_as_an_environment():
     args = Args(suite="dmc-small", held_out_tasks=())
-    env, n = Environment(args.train_tasks, args), 8
+    env, n = Environment(args.train_tasks, args), 2 * len(args.train_tasks)
     key, action = jax.random.key(0), jnp.zeros((n, 2))
     states, obs = jax.eval_shape(lambda key: env.reset(key, n), key)
     after, now = jax.eval_shape(env.step, key, states, action)
