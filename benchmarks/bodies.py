@@ -29,6 +29,7 @@ import tyro
 from common import HERE, ROOT, load, made_by, save
 from matplotlib.figure import Figure
 from meta import import_from
+from reference_scores import rule
 
 from s5_ppo_meta import TASKS
 
@@ -80,19 +81,6 @@ def with_bodies(env, strengths):
     return env
 
 
-def rule(name, inner, body, pull, friction):
-    """Actions (n, 2) towards the goal, which it sees."""
-    if name == "point-goal":
-        return (inner.goal - inner.pos) / body["max_force"][:, None]
-    if name == "swimmer-goal":
-        dt = body["dt"][:, None]
-        return pull * (inner.goal_xy - inner.xy) / dt**2 - friction * inner.xy_vel / dt
-    x, y = jnp.cos(inner.angles), jnp.sin(inner.angles)
-    to_goal = inner.goal_xy - jnp.stack([x.sum(1), y.sum(1)], axis=1)
-    turn, dt = x * to_goal[:, 1:] - y * to_goal[:, :1], 0.3
-    return (pull * turn / dt**2 - friction * inner.angle_vels / dt) / body["torque_scale"][:, None]
-
-
 def references(env, key, strengths, length):
     """Returns of an episode without actions, and of one by each rule of GAINS: (K, n) and more.
 
@@ -106,7 +94,7 @@ def references(env, key, strengths, length):
         def step(loop, key):
             states, total = loop
             found = [
-                rule(name, state.inner, state.trial.body, pull, friction)
+                rule(name, state, pull, friction)
                 for name, state in zip(env.names, states, strict=True)
             ]
             states, now = env.step(key, states, moves * jnp.concatenate(found).clip(-1, 1))

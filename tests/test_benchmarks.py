@@ -20,6 +20,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import ablations
 import adaptation
+import bodies
 import common
 import compose
 import first_minute
@@ -162,10 +163,57 @@ def test_reference_returns_are_those_of_whole_episodes_from_new_starts():
     assert 2 < spread < 3.5  # near that of 1, 2 ... 9
 
 
-@pytest.mark.parametrize("name", reference_scores.GOALS)
+@pytest.mark.parametrize("name", [x for x, y in s5_ppo_meta.TASKS.items() if y.same_start])
 def test_a_rule_that_sees_the_goal_gets_there(name):
-    returns = reference_scores.fixed_policy(name, reference_scores.GOALS[name], 256)[0]
+    returns = reference_scores.fixed_policy(name, reference_scores.to_the_goal(name), 2048)[0]
     assert s5_ppo_meta.score(returns, name) == pytest.approx(1, abs=0.15)
+
+
+def test_bodies_are_drawn_in_their_range_and_asked_at_the_strengths_given(tmp_path):
+    """Of the usual strength, from half to twice: two of them, or any."""
+    for count in (0, 2):
+        path = tmp_path / f"bodies_{count}.py"
+        path.write_text(bodies.program(2.0, count))
+        script = sys.modules[path.stem] = module_of(path)
+        args = script.Args(suite="goals")
+        env = script.Environment(args.train_tasks, args)
+        for task, (field, at) in zip(
+            env.tasks, map(dict.popitem, map(dict, bodies.BODIES.values())), strict=True
+        ):
+            drawn = np.asarray(task.draw_trials(jax.random.key(0), 500).body[field])
+            if count:
+                np.testing.assert_allclose(np.unique(drawn), [at(0.5), at(2.0)], rtol=1e-5)
+            else:
+                assert at(0.5) <= drawn.min() < at(0.52) and at(1.9) < drawn.max() <= at(2.0)
+                assert np.median(drawn) == pytest.approx(at(1.0), rel=0.1)
+        strengths = np.array([0.25, 4.0])
+        fixed = bodies.with_bodies(script.Environment(args.train_tasks, args, False), strengths)
+        states, _ = fixed.reset(jax.random.key(0), 6)
+        forces = states[0].trial.body["max_force"]
+        np.testing.assert_allclose(forces, [0.05, 0.8], rtol=1e-6)
+
+
+def test_scores_of_bodies_are_0_for_no_action_and_1_for_the_best_rule():
+    args = s5_ppo_meta.Args(suite="goals", projection=False)
+    env = s5_ppo_meta.Environment(args.train_tasks, args, trials_end=False)
+    strengths = np.repeat([0.5, 2.0], 64)
+    bodies.with_bodies(env, strengths)
+    idle, rules = bodies.references(env, jax.random.key(1), strengths, 6)
+    assert idle.shape == (3, 128) and rules.shape == (len(bodies.GAINS), 3, 128)
+    weak, strong = np.split(np.asarray(rules.mean(0) - idle)[0], 2)  # the robot goes straight
+    assert 0 < weak.mean() < strong.mean()
+    apart = jnp.linalg.norm(env.reset(jax.random.key(1), 384)[0][0].inner.goal, axis=1)
+    np.testing.assert_allclose(apart, 1, rtol=1e-5)  # on a circle around the start
+
+
+def test_the_table_of_bodies_tells_near_from_beyond(capsys):
+    rows = [
+        {"range": 2.0, "count": 8, "seed": seed, "strength": at, "score": at / 4 + seed}
+        for seed in (0, 1)
+        for at in (0.25, 0.5, 1.0, 2.0, 4.0)
+    ]
+    bodies.print_table(pd.DataFrame(rows))
+    assert capsys.readouterr().out.splitlines()[-1] == "|2|8|0.29 1.29|0.53 1.53|1.82 1.18|"
 
 
 def test_every_patch_applies_and_makes_another_program(tmp_path):

@@ -40,12 +40,13 @@ BASE = {"short-cartpole": "cartpole", "short-bodies": "pendulum", "short-heavy":
 @pytest.fixture(autouse=True, scope="module")
 def short_tasks():
     with pytest.MonkeyPatch.context() as patch:
-        for name, of, limit in (
-            ("short-cartpole", "cartpole", 15),
-            ("short-bodies", "pendulum-bodies", 7),
-            ("short-heavy", "pendulum-heavy", 7),
+        drawn = {"g": (6.7, 15.0), "m": (0.67, 1.5)}
+        for name, of, changes in (
+            ("short-cartpole", "cartpole", {"episode_length": 15}),
+            ("short-bodies", "pendulum", {"episode_length": 7, "ranges": drawn}),
+            ("short-heavy", "pendulum-heavy", {"episode_length": 7}),
         ):
-            patch.setitem(TASKS, name, TASKS[of]._replace(episode_length=limit))
+            patch.setitem(TASKS, name, TASKS[of]._replace(**changes))
         yield
 
 
@@ -529,13 +530,22 @@ def test_the_tables_name_known_tasks_and_hold_some_out():
     assert all(SUITES[name].held_out_tasks for name in SUITES.keys() - {"cartpole", "goals"})
 
 
-def test_the_pendulum_held_out_is_outside_of_the_drawn_ones():
-    """All that moves Pendulum-v1 is g / l and 1 / (m l^2), and its reward knows neither."""
-    g, m = (TASKS["pendulum-bodies"].ranges[name] for name in ("g", "m"))
-    length = TASKS["pendulum-long"].params["l"]
-    assert 10 / length < g[0] and 1 / length**2 < 1 / m[1]  # g is 10 and m is 1 by default
-    assert "pendulum-long" in SUITES["bodies"].held_out_tasks
-    assert "pendulum-heavy" not in SUITES["bodies"].held_out_tasks
+def test_bodies_held_out_are_outside_of_the_drawn_ones_and_else_the_same():
+    suite, fields = SUITES["bodies"], {"point": "max_force", "swimmer": "dt"}
+    for name in suite.held_out_tasks:
+        kind, field = name.split("-")[0], fields.get(name.split("-")[0], "torque_scale")
+        task, drawn, usual = TASKS[name], TASKS[f"{kind}-bodies"], TASKS[f"{kind}-goal"]
+        (low, high), default = drawn.ranges[field], usual.params[field]
+        strength = 2 if field == "dt" else 1  # an action moves the swimmer by its square
+        ends = ((x / default) ** strength for x in (low, high, task.params[field]))
+        assert [*ends] == pytest.approx([1 / 2, 2, 3 if name.endswith("strong") else 1 / 3], 0.01)
+        assert drawn.params == usual.params == task.params | {field: default}
+        for other in (drawn, task):
+            assert (other.env_id, other.episode_length) == (usual.env_id, usual.episode_length)
+            assert (other.seen, other.same_start) == (usual.seen, True)
+    assert len(suite.held_out_tasks) == 2 * len(suite.train_tasks) == 6
+    goals = SUITES["goals"]._replace(train_tasks=(), held_out_tasks=())
+    assert suite._replace(train_tasks=(), held_out_tasks=()) == goals
 
 
 def test_without_playground_one_line_says_what_the_tasks_of_dm_control_need(monkeypatch):
