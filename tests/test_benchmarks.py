@@ -213,7 +213,7 @@ def test_the_table_of_bodies_tells_near_from_beyond(capsys):
         for at in (0.25, 0.5, 1.0, 2.0, 4.0)
     ]
     bodies.print_table(pd.DataFrame(rows))
-    assert capsys.readouterr().out.splitlines()[-1] == "|2|8|0.29 1.29|0.53 1.53|1.82 1.18|"
+    assert capsys.readouterr().out.splitlines()[-1] == "|2|8|0.29 1.29|0.53 1.53|1.82 1.19|"
 
 
 def test_every_patch_applies_and_makes_another_program(tmp_path):
