@@ -165,24 +165,23 @@ def plot(path, table):
     """Scores, means of three tasks, against strength: ranges on the left, counts on the right."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for (limit, count), rows in table.groupby(["range", "count"]):
-        scores = rows.groupby("strength")["score"].mean()
+    table = table.assign(count=table["count"].replace(0, np.inf))  # so that "any" comes last
+    for i, ((limit, count), rows) in enumerate(table.groupby(["range", "count"])):
+        scores, looks = rows.groupby("strength")["score"].mean(), {"color": f"C{i}"}
         one = limit == 1
-        if not count:
-            left.plot(
-                scores.index, scores, "o-", label=f"{limit:g} times" if not one else "one body"
-            )
+        if count == np.inf:
+            label = "one body" if one else f"any to {limit:g} times"
+            left.plot(scores.index, scores, "o-", label=label, **looks)
         if limit == 2 or one:
-            label = "one" if one else str(count or "any")
-            right.plot(scores.index, scores, "o-", label=label)
+            label = "one body" if one else "any" if count == np.inf else f"{count:g} bodies"
+            right.plot(scores.index, scores, "o-", label=label, **looks)
     left.set(title="Range of bodies in training", ylabel="score: 1 is a rule that sees the goal")
-    right.set(title="Number of bodies in training, range 2")
+    right.set(title="Number of bodies in training, to 2 times")
     for ax in (left, right):
         ax.set_xscale("log", base=2)
-        ax.set(xlabel="how far an action moves the body asked", ylim=(-0.3, 1.05))
+        ax.set(xlabel="how far an action moves the body asked", ylim=(0, 1))
         ax.set_xticks((0.25, 0.5, 1, 2, 4), ("1/4", "1/2", "1", "2", "4"))
-        ax.axhline(0, color="grey", linewidth=1, linestyle=":")
-        ax.legend(fontsize="small")
+        ax.legend(fontsize="small", loc="lower center")
     right.axvspan(0.5, 2, color="grey", alpha=0.15, linewidth=0)
     save(figure, path)
 
