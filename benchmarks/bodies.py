@@ -81,33 +81,28 @@ def with_bodies(env, strengths):
     return env
 
 
-def references(env, key, strengths, length):
-    """Returns of an episode without actions, and of one by each rule of GAINS: (K, n) and more.
+def references(env, key, strengths):
+    """Rewards without actions (S, K, n), and by each rule of GAINS (G, S, K, n).
 
     env is the agent's, unprojected. With the key of its trials they start as these do.
     """
-    n = len(strengths)
+    longest = max(task.task.episode_length for task in env.tasks)
 
     @jax.jit
     @jax.vmap
-    def returns(moves, pull, friction):
-        def step(loop, key):
-            states, total = loop
-            found = [
-                rule(name, state, pull, friction)
-                for name, state in zip(env.names, states, strict=True)
-            ]
-            states, now = env.step(key, states, moves * jnp.concatenate(found).clip(-1, 1))
-            return (states, total + now.raw_reward), None
+    def rewards(moves, pull, friction):
+        def step(states, key):
+            tasks = zip(env.names, states, strict=True)
+            actions = [rule(name, state, pull, friction) for name, state in tasks]
+            states, now = env.step(key, states, moves * jnp.concatenate(actions).clip(-1, 1))
+            return states, now.raw_reward.reshape(len(env.names), -1)
 
-        states, _ = env.reset(key, len(env.names) * n)
-        start = states, jnp.zeros(len(env.names) * n)
-        (_, total), _ = jax.lax.scan(step, start, jax.random.split(key, length))
-        return total.reshape(len(env.names), n)
+        states, _ = env.reset(key, len(env.names) * len(strengths))
+        return jax.lax.scan(step, states, jax.random.split(key, longest))[1]
 
-    pull, friction = jnp.array(GAINS).T
-    rules = returns(jnp.ones(len(GAINS)), pull, friction)
-    return returns(jnp.zeros(1), pull[:1], friction[:1])[0], rules
+    moves = jnp.array([0.0, *[1.0] * len(GAINS)])
+    idle, *rules = np.asarray(rewards(moves, *jnp.array([GAINS[0], *GAINS]).T))
+    return idle, np.stack(rules)
 
 
 def ask(script, run_dir, eval_trials):
@@ -123,13 +118,12 @@ def ask(script, run_dir, eval_trials):
     params = jax.tree.map(lambda x: x[0], state.params)
     trials = partial(script.run_trials, wipe_episode=False, wipe_step=False, args=args, env=make())
     rewards = np.asarray(jax.jit(trials)(params, keys[0])[0])  # (S, K n)
-    unprojected, reset_key = make(projection=False), jax.random.split(keys[0])[0]
+    reset_key = jax.random.split(keys[0])[0]
+    idle_rewards, rule_rewards = references(make(projection=False), reset_key, strengths)
     means, widths = np.zeros((2, K, len(ASKED)))
     for k, name in enumerate(args.train_tasks):
         length, episodes = TASKS[name].episode_length, args.eval_trial_length
-        # All tasks go on for as long; of the references only this task's are for its length.
-        idle, rules = references(unprojected, reset_key, strengths, length)
-        idle, rules = (np.asarray(x)[..., k, :] for x in (idle, rules))
+        idle, rules = idle_rewards[:length, k].sum(0), rule_rewards[:, :length, k].sum(1)
         returns = rewards.reshape(-1, K, len(strengths))[: length * episodes, k]
         returns = returns.reshape(episodes, length, -1).sum(1)[episodes // 2 :].mean(0)
         for i, mine in enumerate(np.split(np.arange(len(strengths)), len(ASKED))):

@@ -180,30 +180,41 @@ def test_bodies_are_drawn_in_their_range_and_asked_at_the_strengths_given(tmp_pa
         for task, (field, at) in zip(
             env.tasks, map(dict.popitem, map(dict, bodies.BODIES.values())), strict=True
         ):
-            drawn = np.asarray(task.draw_trials(jax.random.key(0), 500).body[field])
+            draw = jax.jit(
+                lambda key, task=task, field=field: task.draw_trials(key, 500).body[field]
+            )
+            drawn = np.asarray(draw(jax.random.key(0)))
             if count:
                 np.testing.assert_allclose(np.unique(drawn), [at(0.5), at(2.0)], rtol=1e-5)
             else:
                 assert at(0.5) <= drawn.min() < at(0.52) and at(1.9) < drawn.max() <= at(2.0)
                 assert np.median(drawn) == pytest.approx(at(1.0), rel=0.1)
-        strengths = np.array([0.25, 4.0])
-        fixed = bodies.with_bodies(script.Environment(args.train_tasks, args, False), strengths)
-        states, _ = fixed.reset(jax.random.key(0), 6)
-        forces = states[0].trial.body["max_force"]
-        np.testing.assert_allclose(forces, [0.05, 0.8], rtol=1e-6)
+        (robot, *_) = bodies.with_bodies(env, np.array([0.25, 4.0])).tasks
+        forces = jax.jit(lambda key, robot=robot: robot.draw_trials(key, 2).body)(jax.random.key(0))
+        np.testing.assert_allclose(forces["max_force"], [0.05, 0.8], rtol=1e-6)
 
 
-def test_scores_of_bodies_are_0_for_no_action_and_1_for_the_best_rule():
-    args = s5_ppo_meta.Args(suite="goals", projection=False)
-    env = s5_ppo_meta.Environment(args.train_tasks, args, trials_end=False)
-    strengths = np.repeat([0.5, 2.0], 64)
-    bodies.with_bodies(env, strengths)
-    idle, rules = bodies.references(env, jax.random.key(1), strengths, 6)
-    assert idle.shape == (3, 128) and rules.shape == (len(bodies.GAINS), 3, 128)
-    weak, strong = np.split(np.asarray(rules.mean(0) - idle)[0], 2)  # the robot goes straight
-    assert 0 < weak.mean() < strong.mean()
-    apart = jnp.linalg.norm(env.reset(jax.random.key(1), 384)[0][0].inner.goal, axis=1)
-    np.testing.assert_allclose(apart, 1, rtol=1e-5)  # on a circle around the start
+def test_an_agent_that_does_nothing_scores_0_with_every_body(monkeypatch):
+    """Its returns, trial by trial, are the reference's: in both, trials start alike."""
+    args = s5_ppo_meta.Args(suite="goals", eval_trial_length=2)
+
+    def idle(params, key, wipe_episode, wipe_step, args, env):
+        num_envs = len(env.names) * args.eval_trials
+        states, _ = env.reset(jax.random.split(key)[0], num_envs)
+
+        def step(states, key):
+            states, now = env.step(key, states, jnp.zeros((num_envs, 2)))
+            return states, now.raw_reward
+
+        return jax.lax.scan(step, states, jax.random.split(key, 20))[1], None
+
+    script = Mock(run_trials=idle, Environment=s5_ppo_meta.Environment)
+    loaded = args, Mock(params=None), [jax.random.PRNGKey(3)]
+    monkeypatch.setattr(bodies, "load", lambda *_: loaded)
+    names, means, widths = bodies.ask(script, None, 8)
+    assert names == tuple(bodies.BODIES) and means.shape == widths.shape == (3, len(bodies.ASKED))
+    np.testing.assert_allclose(means, 0, atol=1e-5)
+    np.testing.assert_allclose(widths, 0, atol=1e-5)
 
 
 def test_the_table_of_bodies_tells_near_from_beyond(capsys):
