@@ -5,6 +5,7 @@ what the task shows, the other what the agent does. Nothing names the task or th
 agent has to find out within the trial what its actions do, and remember it until the trial ends.
 
     python s5_ppo_meta.py                           # find a hidden goal, sooner each episode
+    python s5_ppo_meta.py --suite bodies            # the same; each trial has a body of its own
     python s5_ppo_meta.py --suite cartpole          # the paper's projected CartPole, positions only
     python s5_ppo_meta.py --suite classic --total-timesteps 96000000    # five tasks at once
     python s5_ppo_meta.py --resume runs/RUN         # goes on after Ctrl-C or a kill
