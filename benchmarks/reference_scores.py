@@ -55,7 +55,7 @@ def no_actions(key, state, size):
     return jnp.zeros((len(state.progress), size))
 
 
-# Of the pull to the goal and of the friction, both as shares of a step: the best pair of sixteen.
+# Pull to the goal and friction, as shares of a step: the best of twelve pairs, and of sixteen.
 GAINS = {"Swimmer-misc": (0.36, 0.6), "Reacher-misc": (0.72, 1.2)}
 
 
