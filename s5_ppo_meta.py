@@ -4,8 +4,7 @@ A trial is one or more episodes of one task, seen through a fresh pair of random
 what the task shows, the other what the agent does. Nothing names the task or the matrices, so the
 agent has to find out within the trial what its actions do, and remember it until the trial ends.
 
-    python s5_ppo_meta.py                           # find a hidden goal, sooner each episode
-    python s5_ppo_meta.py --suite bodies            # the same; each trial has a body of its own
+    python s5_ppo_meta.py                           # find a hidden goal with an unknown body
     python s5_ppo_meta.py --suite cartpole          # the paper's projected CartPole, positions only
     python s5_ppo_meta.py --suite classic --total-timesteps 96000000    # five tasks at once
     python s5_ppo_meta.py --resume runs/RUN         # goes on after Ctrl-C or a kill
@@ -79,8 +78,6 @@ POSITIONS = {"seen": slice(0, 3, 2), "reward_scale": 1 / 200}  # no velocities
 DENSE = {"dense_reward": True}
 FAST = DENSE | {"max_force": 0.2, "goal_radius": -1.0}  # within it, it would be put elsewhere
 SWIM, TURN = {"dt": 0.3}, {"dt": 0.3, "torque_scale": 2.0}
-WEAK_POINT, STRONG_POINT = FAST | {"max_force": 0.067}, FAST | {"max_force": 0.6}
-WEAK_ARM, STRONG_ARM = TURN | {"torque_scale": 0.667}, TURN | {"torque_scale": 6.0}
 FORCES, TIMES, TORQUES = {"max_force": (0.1, 0.4)}, {"dt": (0.212, 0.424)}, {"torque_scale": (1, 4)}
 POINT_GOAL = {"seen": slice(0, 2), "same_start": True}
 SWIMMER_GOAL = {"seen": slice(10, 14), "same_start": True}
@@ -99,25 +96,24 @@ TASKS = {  # env_id, episode_length, baseline_return, specialist_return, return_
     "inverted-pendulum": Task("inverted_pendulum", 200, 70.2, 200.0, 9.78),
     "inverted-double-pendulum": Task("inverted_double_pendulum", 200, 637.0, 1825.0, 82.3),
     "reacher": Task("reacher", 100, -23.2, -17.0, 15.6),
-    "point-goal": Task("PointRobot-misc", 6, -5.375, -2.483, 2.071, FAST, **POINT_GOAL),
-    "swimmer-goal": Task("Swimmer-misc", 10, 5.151, 8.136, 1.891, SWIM, **SWIMMER_GOAL),
-    "reacher-goal": Task("Reacher-misc", 10, 1.512, 6.185, 1.201, TURN, **REACHER_GOAL),
 }
 
-# The same with other bodies. In each trial an action moves them 1/2 to 2 times as far; then those
-# that are held out: a third as far, and 3 times.
-BODIES = {
-    "point-bodies": Task("PointRobot-misc", 6, -5.375, -2.274, 2.115, FAST, FORCES, **POINT_GOAL),
-    "swimmer-bodies": Task("Swimmer-misc", 10, 5.151, 8.152, 1.851, SWIM, TIMES, **SWIMMER_GOAL),
-    "reacher-bodies": Task("Reacher-misc", 10, 1.526, 6.45, 1.185, TURN, TORQUES, **REACHER_GOAL),
+# Hidden goals. In each trial an action moves the body 1/2 to 2 times as far as the usual one, drawn
+# anew; then bodies that are held out, which it moves a third as far, and 3 times.
+WEAK_POINT, STRONG_POINT = FAST | {"max_force": 0.067}, FAST | {"max_force": 0.6}
+WEAK_ARM, STRONG_ARM = TURN | {"torque_scale": 0.667}, TURN | {"torque_scale": 6.0}
+GOALS = {
+    "point-goal": Task("PointRobot-misc", 6, -5.375, -2.274, 2.115, FAST, FORCES, **POINT_GOAL),
+    "swimmer-goal": Task("Swimmer-misc", 10, 5.151, 8.152, 1.851, SWIM, TIMES, **SWIMMER_GOAL),
+    "reacher-goal": Task("Reacher-misc", 10, 1.526, 6.45, 1.185, TURN, TORQUES, **REACHER_GOAL),
     "point-weak": Task("PointRobot-misc", 6, -5.375, -4.188, 2.019, WEAK_POINT, **POINT_GOAL),
-    "point-strong": Task("PointRobot-misc", 6, -5.375, -1.201, 2.495, STRONG_POINT, **POINT_GOAL),
     "swimmer-weak": Task("Swimmer-misc", 10, 5.151, 7.315, 2.069, {"dt": 0.173}, **SWIMMER_GOAL),
-    "swimmer-strong": Task("Swimmer-misc", 10, 5.151, 8.548, 1.415, {"dt": 0.52}, **SWIMMER_GOAL),
     "reacher-weak": Task("Reacher-misc", 10, 1.512, 3.83, 1.281, WEAK_ARM, **REACHER_GOAL),
+    "point-strong": Task("PointRobot-misc", 6, -5.375, -1.201, 2.495, STRONG_POINT, **POINT_GOAL),
+    "swimmer-strong": Task("Swimmer-misc", 10, 5.151, 8.548, 1.415, {"dt": 0.52}, **SWIMMER_GOAL),
     "reacher-strong": Task("Reacher-misc", 10, 1.547, 7.746, 0.9942, STRONG_ARM, **REACHER_GOAL),
 }
-TASKS |= BODIES
+TASKS |= GOALS
 
 # POPGym's Hard pendulums (Morad et al. 2023). A score is POPGym's return: it maps each reward from
 # LOWEST..0 to -1..1, divided by the number of steps. So half of the lowest return scores 0.
@@ -172,13 +168,16 @@ class Suite(NamedTuple):
 
 
 ONE_EPISODE = {"trial_length": 1, "trial_unit": "episodes", "eval_trial_length": 1}
-# An episode has time to go to the goal, but not to find it: that takes several. The value of steps
-# beyond its few, which never come, would be learned from itself, and drift.
-HIDDEN_GOAL = {"projected_obs_size": 8, "trial_length": 16, "trial_unit": "episodes"}
-HIDDEN_GOAL |= {"eval_trial_length": 16, "bootstrap_truncated": False}
 SUITES = {  # train_tasks, held_out_tasks, projected sizes, trial_length, trial_unit
-    "goals": Suite(("point-goal", "swimmer-goal", "reacher-goal"), (), **HIDDEN_GOAL),
-    "bodies": Suite(tuple(BODIES)[:3], tuple(BODIES)[3:], **HIDDEN_GOAL),
+    "goals": Suite(
+        tuple(GOALS)[:3],
+        tuple(GOALS)[3:],
+        projected_obs_size=8,
+        trial_length=16,  # an episode has time to go to the goal, but not to find it
+        trial_unit="episodes",
+        eval_trial_length=16,
+        bootstrap_truncated=False,  # the value of steps that never come would drift
+    ),
     "cartpole": Suite(("cartpole-positions",), (), 4, 1, 16, "episodes"),
     "classic": Suite(
         ("pendulum", "point-robot", "cartpole", "inverted-pendulum", "reacher"),
@@ -679,8 +678,8 @@ def direction_and_size(x):
 def inner_products(sums, obs, change, weights, reset):
     """What a trial shows whatever its matrix for observations: that keeps inner products, scaled.
 
-    Remembered are the trial's first obs and K - 1 = 2 W len(DECAYS) decaying sums, of obs or of
-    change (T, N, p) times one of the weights (T, N, W). Where an entry of the last action is the
+    Remembered are K = 2 W len(DECAYS) decaying sums, of obs or of change (T, N, p) times one of the
+    weights (T, N, W). Where an entry of the last action is the
     weight, the sum of changes points where that entry leads. reset (T, N) empties the sums (N, K,
     p) before a step is added, as it does S5's states: these too are a linear recurrence. Returns
     the sums after each step (T, N, K, p), and features (T, N, F): products / p among obs and the
@@ -688,9 +687,8 @@ def inner_products(sums, obs, change, weights, reset):
     """
     terms = weights[..., None, None] * jnp.stack([obs, change], axis=2)[:, :, None]
     terms = terms.reshape(*reset.shape, -1, obs.shape[-1])  # (T, N, 2 W, p)
-    decays = jnp.array([1.0, *np.repeat(DECAYS, terms.shape[2])])[:, None]
-    first = jnp.where(reset[..., None], obs, 0.0)[:, :, None]
-    terms = jnp.concatenate([first, *[terms] * len(DECAYS)], axis=2)
+    decays = jnp.repeat(jnp.array(DECAYS), terms.shape[2])[:, None]
+    terms = jnp.concatenate([terms] * len(DECAYS), axis=2)  # (T, N, K, p)
 
     def step(x, inputs):
         term, reset = inputs
@@ -761,7 +759,7 @@ class ActorCritic(nn.Module):
 
     def initial_carry(self, num_envs):
         p, A = self.args.projected_obs_size, self.args.projected_action_size
-        num_sums = (1 + len(DECAYS) * 2 * (A + 3)) * self.args.inner_products
+        num_sums = 2 * (A + 3) * len(DECAYS) * self.args.inner_products
         vectors = jnp.zeros((num_envs, p + 1)), jnp.zeros((num_envs, num_sums, p))
         return *vectors, SequenceModel(self.args, parent=None).initial_carry(num_envs)
 
@@ -1041,9 +1039,10 @@ def plot_adaptation(path, table, args):
     from matplotlib.figure import Figure
 
     names, table = table["task"].unique(), table[table["episode"] != "second half"]
-    figure = Figure(figsize=(3 * len(names) + 1, 3), layout="constrained")
-    axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for (ax, name), memory in product(zip(axes, names, strict=True), MEMORIES):
+    columns, lines = min(len(names), 3), -(-len(names) // 3)
+    figure = Figure(figsize=(3 * columns + 1, 3 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
+    for (name, ax), memory in product(zip(names, axes, strict=False), MEMORIES):
         rows = table[(table["task"] == name) & (table["memory"] == memory)]
         rows = rows[rows["trials"] > rows["trials"].max() / 2]  # not the stragglers' last
         x, mean, width = rows[["episode", "mean", "ci95"]].to_numpy(float).T

@@ -2,7 +2,6 @@
 
     python benchmarks/adaptation.py --suite goals       # trains 6 runs: 40 minutes on one core
     python benchmarks/adaptation.py --suite cartpole    # the same
-    python benchmarks/adaptation.py --suite bodies      # bodies of other strengths: an hour
     python benchmarks/adaptation.py --suite classic     # 5 hours on one core
     python benchmarks/adaptation.py --suite classic runs/A runs/B     # of finished runs
     python benchmarks/adaptation.py runs/A runs/B --out long --eval-trial-length 1600
@@ -35,7 +34,7 @@ import s5_ppo_meta
 from s5_ppo_meta import Environment, refuse
 
 LONG = ["--total-timesteps", "96000000"]
-FLAGS = {"goals": [], "cartpole": [], "bodies": [], "classic": LONG}
+FLAGS = {"goals": [], "cartpole": [], "classic": LONG}
 COLORS = {"kept": "C0", "wiped every episode": "C1", "wiped every step": "C2"}
 COLORS |= {"trained without": "black"}
 LOWEST = -0.6  # score at which the figures end
@@ -118,7 +117,7 @@ def print_table(rows, tasks, held_out):
 
 def plot(rows, tasks, args, path):
     """Score against the episode of a trial: mean over seeds, bold, and each seed."""
-    columns = min(len(tasks), 4)
+    columns = min(len(tasks), 3)
     lines = -(-len(tasks) // columns)
     size = max(3 * columns + 0.5, 6), 2.8 * lines + 0.9
     figure = Figure(figsize=size, layout="constrained")

@@ -4,9 +4,9 @@
     python benchmarks/bodies.py --ranges 1 2        # a part of it; other rows stay
     python benchmarks/bodies.py --ranges            # draws and prints again
 
-Suite goals, where the robot, the swimmer and the arm have one body each. Here each trial draws how
-far an action moves it, RANGE times less to RANGE times more than there, on a log scale: any such
-number, or one of --counts of them, evenly spread. The trained network is then asked at ASKED times
+The robot, the swimmer and the arm of suite goals. Each trial draws how far an action moves the
+body, RANGE times less to RANGE times more than usual, on a log scale: any such number, or one of
+--counts of them, evenly spread. The trained network is then asked at ASKED times
 the usual, inside and outside of its range. A score is 0 for doing nothing with that body, 1 for a
 rule that sees the goal, with gains that suit the body best. It is of the second half of trials.
 
@@ -40,7 +40,7 @@ BODIES = {
     "swimmer-goal": {"dt": lambda strength: 0.3 * strength**0.5},
     "reacher-goal": {"torque_scale": lambda strength: 2.0 * strength},
 }
-FLAGS = ["--suite", "goals", "--log-interval", 5, "--eval-trials", 1]
+FLAGS = ["--suite", "goals", "--held-out-tasks", "--log-interval", 5, "--eval-trials", 1]
 GAINS = [*product((0.18, 0.36, 0.72, 1.0), (0.3, 0.6, 1.0, 1.4))]  # of the rules: pull, friction
 KEY = ["range", "count", "seed", "steps"]
 

@@ -172,7 +172,7 @@ def test_a_rule_that_sees_the_goal_gets_there(name):
 def test_the_rule_knows_what_moves_the_body_that_it_has():
     inner = Mock(goal=jnp.array([[1.0, 0.0]] * 2), pos=jnp.zeros((2, 2)))
     trial = Mock(body={"max_force": jnp.array([0.1, 0.4])})
-    found = reference_scores.rule("point-bodies", Mock(inner=inner, trial=trial), 1.0, 0.0)
+    found = reference_scores.rule("point-goal", Mock(inner=inner, trial=trial), 1.0, 0.0)
     np.testing.assert_allclose(found, [[10.0, 0.0], [2.5, 0.0]])
     strong = {name: at(4.0) for of in bodies.BODIES.values() for name, at in of.items()}
     assert strong == pytest.approx({"max_force": 0.8, "dt": 0.6, "torque_scale": 8.0})

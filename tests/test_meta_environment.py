@@ -527,25 +527,22 @@ def test_the_tables_name_known_tasks_and_hold_some_out():
         assert suite.trial_unit in ("steps", "episodes")
         physics = [(x.env_id, str(x.params | x.ranges)) for x in map(TASKS.get, names)]
         assert len(set(physics)) == len(physics)  # nor is one held out under another name
-    assert all(SUITES[name].held_out_tasks for name in SUITES.keys() - {"cartpole", "goals"})
+    assert all(SUITES[name].held_out_tasks for name in SUITES.keys() - {"cartpole"})
 
 
 def test_bodies_held_out_are_outside_of_the_drawn_ones_and_else_the_same():
-    suite, fields = SUITES["bodies"], {"point": "max_force", "swimmer": "dt"}
+    usual = {"point": ("max_force", 0.2), "swimmer": ("dt", 0.3), "reacher": ("torque_scale", 2.0)}
+    suite = SUITES["goals"]
     for name in suite.held_out_tasks:
-        kind, field = name.split("-")[0], fields.get(name.split("-")[0], "torque_scale")
-        task, drawn, usual = TASKS[name], TASKS[f"{kind}-bodies"], TASKS[f"{kind}-goal"]
-        (low, high), default = drawn.ranges[field], usual.params[field]
+        kind = name.split("-")[0]
+        task, drawn, (field, default) = TASKS[name], TASKS[f"{kind}-goal"], usual[kind]
         strength = 2 if field == "dt" else 1  # an action moves the swimmer by its square
-        ends = ((x / default) ** strength for x in (low, high, task.params[field]))
+        ends = ((x / default) ** strength for x in (*drawn.ranges[field], task.params[field]))
         assert [*ends] == pytest.approx([1 / 2, 2, 3 if name.endswith("strong") else 1 / 3], 0.01)
-        assert drawn.params == usual.params == task.params | {field: default}
-        for other in (drawn, task):
-            assert (other.env_id, other.episode_length) == (usual.env_id, usual.episode_length)
-            assert (other.seen, other.same_start) == (usual.seen, True)
+        assert drawn.params == task.params | {field: default} and [*drawn.ranges] == [field]
+        assert (drawn.env_id, drawn.episode_length) == (task.env_id, task.episode_length)
+        assert (drawn.seen, drawn.same_start) == (task.seen, True) and not task.ranges
     assert len(suite.held_out_tasks) == 2 * len(suite.train_tasks) == 6
-    goals = SUITES["goals"]._replace(train_tasks=(), held_out_tasks=())
-    assert suite._replace(train_tasks=(), held_out_tasks=()) == goals
 
 
 def test_without_playground_one_line_says_what_the_tasks_of_dm_control_need(monkeypatch):
@@ -556,7 +553,7 @@ def test_without_playground_one_line_says_what_the_tasks_of_dm_control_need(monk
 
 def test_every_task_of_a_suite_fits_into_its_sizes():
     seen = set()
-    for suite in ("goals", "cartpole", "classic", "bodies"):
+    for suite in ("goals", "cartpole", "classic"):
         args = Args(suite=suite)
         sizes = args.projected_obs_size, args.projected_action_size
         for name in args.train_tasks + args.held_out_tasks:
