@@ -545,6 +545,15 @@ def test_bodies_held_out_are_outside_of_the_drawn_ones_and_else_the_same():
     assert len(suite.held_out_tasks) == 2 * len(suite.train_tasks) == 6
 
 
+def test_hidden_goals_stay_for_the_episodes_of_the_readme_whose_few_steps_are_all_that_counts():
+    for suite in SUITES.values():
+        hidden = any(TASKS[name].same_start for name in suite.train_tasks)
+        assert suite.bootstrap_truncated is not hidden
+        if hidden:
+            assert suite.trial_unit == "episodes"
+            assert suite.trial_length == suite.eval_trial_length == 16
+
+
 def test_without_playground_one_line_says_what_the_tasks_of_dm_control_need(monkeypatch):
     monkeypatch.setitem(sys.modules, "mujoco_playground", None)
     with pytest.raises(ValueError, match=r"pip install -e \"\.\[dmc\]\""):
