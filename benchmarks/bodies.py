@@ -6,9 +6,9 @@
 
 The robot, the swimmer and the arm of suite goals. Each trial draws how far an action moves the
 body, RANGE times less to RANGE times more than usual, on a log scale: any such number, or one of
---counts of them, evenly spread. The trained network is then asked at ASKED times
-the usual, inside and outside of its range. A score is 0 for doing nothing with that body, 1 for a
-rule that sees the goal, with gains that suit the body best. It is of the second half of trials.
+--counts of them, evenly spread. The trained network is then asked at ASKED times the usual, inside
+and outside of its range. A score is 0 for doing nothing with that body, 1 for a rule that sees the
+goal, with gains that suit the body best. It is of the second half of trials.
 
 Writes bodies.csv, a row a run, task and strength, and bodies.png, scores against strength.
 """
