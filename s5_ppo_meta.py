@@ -160,33 +160,28 @@ class Suite(NamedTuple):
     held_out_tasks: tuple
     projected_obs_size: int = 12
     projected_action_size: int = 2
-    trial_length: int = 400
-    trial_unit: str = "steps"
-    eval_trial_length: int | None = None
+    trial_length: int = 2
     bootstrap_truncated: bool = True
 
 
-ONE_EPISODE = {"trial_length": 1, "trial_unit": "episodes", "eval_trial_length": 1}
-SUITES = {  # train_tasks, held_out_tasks, projected sizes, trial_length, trial_unit
+SUITES = {
     "goals": Suite(
         tuple(GOALS)[:3],
         tuple(GOALS)[3:],
         projected_obs_size=8,
         trial_length=16,  # an episode has time to go to the goal, but not to find it
-        trial_unit="episodes",
-        eval_trial_length=16,
         bootstrap_truncated=False,  # the value of steps that never come would drift
     ),
-    "cartpole": Suite(("cartpole-positions",), (), 4, 1, 16, "episodes"),
+    "cartpole": Suite(("cartpole-positions",), (), 4, 1, trial_length=16),
     "classic": Suite(
         ("pendulum", "point-robot", "cartpole", "inverted-pendulum", "reacher"),
         ("gymnax-reacher", "inverted-double-pendulum", "pendulum-heavy", "mountain-car"),
     ),
-    "dmc": Suite(tuple(DMC)[:6], tuple(DMC)[6:11], **ONE_EPISODE),  # the paper's, without ours
+    "dmc": Suite(tuple(DMC)[:6], tuple(DMC)[6:11], trial_length=1),  # the paper's, without ours
     "dmc-small": Suite(  # what a CPU can carry
         ("cartpole-swingup", "point-mass-easy", "reacher-easy", *tuple(DMC)[11:]),
         ("cartpole-balance", "point-mass-hard", "reacher-hard", "pendulum-swingup"),
-        **ONE_EPISODE,
+        trial_length=1,
     ),
 }
 
@@ -212,10 +207,8 @@ class Args:
     projected_obs_size: int | None = None  # entries of the projected observation
     projected_action_size: int | None = None  # entries of the action before its projection
     projection: bool = True  # --no-projection: the task's own entries, squashed, padded with zeros
-    trial_length: int | None = None  # steps or episodes of a trial, as the next flag says
-    trial_unit: Literal["steps", "episodes"] | None = None  # what a trial's length counts
+    trial_length: int | None = None  # episodes of a trial
     eval_trials: int = 64  # trials of each task and kind of memory in the evaluation at the end
-    eval_trial_length: int | None = None  # their length; None: the suite's, else twice TRIAL_LENGTH
 
     # ---- sequence model
     num_layers: int = 4  # S5 blocks; 0 is the network without memory
@@ -254,9 +247,7 @@ class Args:
         for name, value in SUITES[self.suite]._asdict().items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if self.eval_trial_length is None:
-            self.eval_trial_length = 2 * self.trial_length
-        sizes = "num_seeds num_devices log_interval trial_length eval_trial_length eval_trials "
+        sizes = "num_seeds num_devices log_interval trial_length eval_trials "
         for name in (sizes + "num_envs num_steps num_minibatches update_epochs").split():
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1")
@@ -288,8 +279,8 @@ class Timestep(NamedTuple):
     obs: jax.Array  # (N, O) what the agent sees next
     reset: jax.Array  # (N,) bool: obs is the first of a trial, where the memory starts anew
     reward: jax.Array  # (N,) divided by the task's return_std
-    done: jax.Array  # (N,) bool: the episode ended: by itself, by its time limit or with the trial
-    truncated: jax.Array  # (N,) bool: it ended, but not by itself
+    done: jax.Array  # (N,) bool: the episode ended, by itself or by its time limit
+    truncated: jax.Array  # (N,) bool: by its time limit alone
     final_obs: jax.Array  # (N, O) what the agent would have seen next, had the episode gone on
     raw_reward: jax.Array  # (N,)
     episode_return: jax.Array  # (N,) sum of raw rewards of the episode up to this step
@@ -311,7 +302,7 @@ class EnvState(NamedTuple):
     trial: Trial
     trial_start: tuple  # state and observation that the trial began with
     starts: tuple  # n states and observations, of which each new episode takes one at random
-    progress: jax.Array  # (n,) int32, steps or episodes of the trial so far, as trial_unit says
+    trial_episodes: jax.Array  # (n,) int32, episodes of the trial that have ended
     episode_length: jax.Array  # (n,) int32, steps of the episode so far
     episode_return: jax.Array  # (n,)
 
@@ -440,7 +431,7 @@ class ProjectedTask:
         """
         start_key, trial_key, trial_part_key, episode_part_key = jax.random.split(key, 4)
         starts = jax.vmap(self.start)(jax.random.split(start_key, n))
-        progress = jax.random.randint(trial_part_key, (n,), 0, self.args.trial_length)
+        episodes = jax.random.randint(trial_part_key, (n,), 0, self.args.trial_length)
         length = jax.random.randint(episode_part_key, (n,), 0, self.task.episode_length)
         zeros, true = jnp.zeros(n), jnp.ones(n, bool)
         state = EnvState(
@@ -448,7 +439,7 @@ class ProjectedTask:
             trial=self.draw_trials(trial_key, n),
             trial_start=starts,
             starts=starts,
-            progress=progress * self.trials_end,
+            trial_episodes=episodes * self.trials_end,
             episode_length=length * self.trials_end,
             episode_return=zeros,
         )
@@ -457,7 +448,7 @@ class ProjectedTask:
 
     def redraw(self, key, state: EnvState) -> EnvState:
         """New `starts`, once a rollout: in brax, to draw a start costs more than a step."""
-        starts = jax.vmap(self.start)(jax.random.split(key, len(state.progress)))
+        starts = jax.vmap(self.start)(jax.random.split(key, len(state.episode_length)))
         return state._replace(starts=starts)
 
     def step(self, key, state: EnvState, action) -> tuple[EnvState, Timestep]:
@@ -475,10 +466,9 @@ class ProjectedTask:
 
         episode_length = state.episode_length + 1
         episode_return = state.episode_return + raw_reward
-        ended = terminated | (episode_length >= self.task.episode_length)
-        progress = state.progress + (ended if self.args.trial_unit == "episodes" else 1)
-        new_trial = self.trials_end & (progress >= self.args.trial_length)
-        done = ended | new_trial
+        done = terminated | (episode_length >= self.task.episode_length)
+        trial_episodes = state.trial_episodes + done
+        new_trial = self.trials_end & (trial_episodes >= self.args.trial_length)
         final_obs = self.agent_obs(obs, state.trial, action, reward, false, false)
 
         # A new trial has matrices, a body and a start of its own. Most steps need not draw any.
@@ -504,7 +494,7 @@ class ProjectedTask:
             inner=inner,
             trial=trial,
             trial_start=trial_start,
-            progress=jnp.where(new_trial, 0, progress),
+            trial_episodes=jnp.where(new_trial, 0, trial_episodes),
             episode_length=jnp.where(done, 0, episode_length),
             episode_return=jnp.where(done, 0.0, episode_return),
         )
@@ -975,12 +965,11 @@ def run_trials(params, key, wipe_episode, wipe_step, args, env):
 
     wipe_episode, wipe_step: bools, when the memory is emptied. Trials of one key have the same
     matrices whatever the memory. Actions are sampled, as in training: to explore is part of the
-    policy. S steps suffice for every episode that begins within the trial to be whole.
+    policy. S steps are as long as a trial can be.
     """
     network, num_envs = ActorCritic(args), len(env.names) * args.eval_trials
     reset_key, key = jax.random.split(key)
-    length, longest = args.eval_trial_length, max(x.task.episode_length for x in env.tasks)
-    num_steps = length + longest if args.trial_unit == "steps" else length * longest
+    num_steps = args.trial_length * max(x.task.episode_length for x in env.tasks)
 
     def step(state, key):
         env_state, obs, new_trial, done, carry = state
@@ -1012,16 +1001,13 @@ def score_table(rewards, dones, names, args):
     """adaptation.csv from raw rewards and ends of episodes, (memories, S, K, trials) each.
 
     Mean score over trials, with a 95 % interval, of the first episode, the second and so on, then
-    of all that begin in the second half of a trial. What begins after its end does not count.
+    of all in the second half of a trial.
     """
-    episodes, length = [], args.eval_trial_length
+    episodes = []
     for k, m, trial in np.ndindex(len(names), len(MEMORIES), rewards.shape[3]):
         reward, ends = rewards[m, :, k, trial], np.flatnonzero(dones[m, :, k, trial]) + 1
-        for i, (start, end) in enumerate(pairwise([0, *ends])):
-            progress = start if args.trial_unit == "steps" else i
-            if progress >= length:
-                break
-            late = progress >= length / 2 or length == 1  # a lone episode is its own second half
+        for i, (start, end) in enumerate(pairwise([0, *ends[: args.trial_length]])):
+            late = i >= args.trial_length // 2  # a lone episode is its own second half
             points = score(reward[start:end].sum(dtype=float), names[k])
             episodes.append((names[k], MEMORIES[m], trial, i, late, points))
     columns = ["task", "memory", "trial", "episode", "late", "score"]
@@ -1045,7 +1031,6 @@ def plot_adaptation(path, table, args):
         ax.remove()
     for (name, ax), memory in product(zip(names, axes, strict=False), MEMORIES):
         rows = table[(table["task"] == name) & (table["memory"] == memory)]
-        rows = rows[rows["trials"] > rows["trials"].max() / 2]  # not the stragglers' last
         x, mean, width = rows[["episode", "mean", "ci95"]].to_numpy(float).T
         ax.plot(x, mean, label=f"memory {memory}")
         ax.fill_between(x, mean - width, mean + width, alpha=0.2, linewidth=0)

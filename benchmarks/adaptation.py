@@ -4,7 +4,7 @@
     python benchmarks/adaptation.py --suite cartpole    # the same
     python benchmarks/adaptation.py --suite classic     # 5 hours on one core
     python benchmarks/adaptation.py --suite classic runs/A runs/B     # of finished runs
-    python benchmarks/adaptation.py runs/A runs/B --out long --eval-trial-length 1600
+    python benchmarks/adaptation.py runs/A runs/B --out long --trial-length 32
     python benchmarks/adaptation.py runs/A --out new --held-out-tasks pendulum-heavy
 
 A suite stands for seeds 0, 1 and 2 of s5_ppo_meta.py with FLAGS, with memory and without
@@ -47,7 +47,7 @@ class Args:
     out: Path | None = None  # files begin with this
     held_out_tasks: tuple[str, ...] | None = None  # in place of the run's own
     eval_trials: int | None = None  # in place of the run's own
-    eval_trial_length: int | None = None  # in place of the run's own
+    trial_length: int | None = None  # in place of the run's own
 
 
 def train_suite(suite):
@@ -126,29 +126,25 @@ def plot(rows, tasks, args, path):
         ax.set_axis_off()
     for task, ax in zip(tasks, axes.flat, strict=False):
         for memory, color in COLORS.items():
-            mean, trials = (pick(rows, task, memory, x) for x in ("mean", "trials"))
-            if mean.size:  # episodes that few trials came to were chosen by being short: left out
-                many = np.flatnonzero((trials >= 0.5 * trials[:, :1]).all(0))
-                ax.plot(many, mean[:, many].T, color=color, alpha=0.35, linewidth=0.8)
-                ax.plot(many, mean[:, many].mean(0), color=color)
-        if args.trial_unit == "episodes":
-            ax.axvline(args.trial_length - 0.5, color="grey", linestyle=":", linewidth=1)
+            mean = pick(rows, task, memory, "mean")
+            if mean.size:
+                ax.plot(mean.T, color=color, alpha=0.35, linewidth=0.8)
+                ax.plot(mean.mean(0), color=color)
         title = task + " (held out)" * (task in args.held_out_tasks)
         ax.set(title=title, xlabel="episode of the trial", ylim=(LOWEST, 1.1))
     for ax in axes[:, 0]:
         ax.set_ylabel("score")
-    border = Line2D([], [], color="grey", linestyle=":", label="trials of training end")
-    save_with_legend(figure, rows, path, *[border] * (args.trial_unit == "episodes"))
+    save_with_legend(figure, rows, path)
 
 
-def save_with_legend(figure, rows, path, *handles):
+def save_with_legend(figure, rows, path):
     present = {row["memory"] for row in rows}
     lines = [
         Line2D([], [], color=color, label=memory.replace("kept", "memory kept"))
         for memory, color in COLORS.items()
         if memory in present
     ]
-    figure.legend(handles=[*lines, *handles], loc="outside lower center", ncols=2)
+    figure.legend(handles=lines, loc="outside lower center", ncols=2)
     save(figure, path)
 
 
@@ -191,7 +187,7 @@ def main():
     if not args.suite and not (args.runs and args.out):
         sys.exit("error: name a --suite, or finished runs and --out")
     out = args.out or HERE / f"{args.suite}_adaptation"
-    names = ("held_out_tasks", "eval_trials", "eval_trial_length")
+    names = ("held_out_tasks", "eval_trials", "trial_length")
     settings = {name: x for name in names if (x := getattr(args, name)) is not None}
     run_dirs = args.runs or train_suite(args.suite)
     evaluated = [evaluate(run_dir, settings) for run_dir in run_dirs]

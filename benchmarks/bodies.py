@@ -122,7 +122,7 @@ def ask(script, run_dir, eval_trials):
     idle_rewards, rule_rewards = references(make(projection=False), reset_key, strengths)
     means, widths = np.zeros((2, K, len(ASKED)))
     for k, name in enumerate(args.train_tasks):
-        length, episodes = TASKS[name].episode_length, args.eval_trial_length
+        length, episodes = TASKS[name].episode_length, args.trial_length
         idle, rules = idle_rewards[:length, k].sum(0), rule_rewards[:, :length, k].sum(1)
         returns = rewards.reshape(-1, K, len(strengths))[: length * episodes, k]
         returns = returns.reshape(episodes, length, -1).sum(1)[episodes // 2 :].mean(0)

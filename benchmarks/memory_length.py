@@ -73,15 +73,8 @@ def read(path):
     return pd.read_csv(path) if path.exists() else empty
 
 
-def means(ax, rows, x, style, **looks):
-    """A line through the means of the seeds, and a point a seed, a little apart."""
-    line = rows.groupby(x).greedy_return.mean()
-    ax.plot(line.index, line, style, alpha=0.8, **looks)
-    ax.plot(rows[x] * 1.03 ** (rows.seed - 2), rows.greedy_return, ".", color=looks["color"])
-
-
 def plot(path, one_length, spread):
-    """Left: asked at lengths not trained. Right: one length, ours above the paper's."""
+    """Left: trained to 128, asked further. Right: one length, ours above the paper's."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -89,34 +82,33 @@ def plot(path, one_length, spread):
         figure = Figure(figsize=(9, 6.2), layout="constrained")
         axes = figure.subplot_mosaic([["left", "right"], ["key", "paper"]], height_ratios=[2, 1])
         left, right, paper, key = (axes[name] for name in ("left", "right", "paper", "key"))
-        styles = dict(zip(sorted(spread.trained.unique()), ("-", "--", ":", "-."), strict=False))
+        tables = (left, spread[spread.trained == 128]), (right, one_length)
         for i, model in enumerate(SCRIPTS):  # lines coincide: so widths differ
             looks = {"color": f"C{i}", "linewidth": (5, 3, 1.5)[i]}
-            mine = spread[spread.model == model]
-            for trained, style in styles.items():
-                rows = mine[mine.trained == trained]
-                means(left, rows.assign(x=rows.asked / trained), "x", style, **looks)
-            means(right, one_length[one_length.model == model], "asked", "-", **looks)
+            for ax, table in tables:
+                rows = table[table.model == model]
+                mean = rows.groupby("asked").greedy_return.mean()
+                ax.plot(mean.index, mean, alpha=0.8, **looks)
+                apart = rows.asked * 1.03 ** (rows.seed - 2)
+                ax.plot(apart, rows.greedy_return, ".", color=looks["color"])
             paper.plot(LENGTHS[: len(PAPER[model])], PAPER[model], "o-", markersize=4, **looks)
             key.plot([], [], label=model, **looks)
         key.plot([], [], "k.", label="one seed; lines: means")
         key.plot([], [], ":", color="grey", label="guessing")
-        for trained, style in styles.items():
-            key.plot([], [], style, color="black", label=f"trained to {trained:,}")
+        left.set(title="Trained on 4 to 128 steps")
+        shade = {"color": "grey", "alpha": 0.2, "linewidth": 0}
+        left.axvspan(4, 128, **shade)
+        key.fill_between([], [], label="trained", **shade)
         key.set_axis_off()
-        key.legend(loc="center", ncols=2, fontsize="small")
-        left.set(title="Trained on a spread of lengths", xlabel="length asked / longest trained")
+        key.legend(loc="center")
         right.set(title="Trained and asked at one length")
         paper.set(title="the same in the paper")
         for ax in (left, right, paper):
             ax.axhline(0, color="grey", linewidth=1, linestyle=":")
             ax.set_xscale("log", base=2)
-            ax.set(ylabel="mean return", yticks=(0, 0.5, 1), ylim=(-0.4, 1.1))
-        left.axvline(1, color="grey", linewidth=1)
-        left.set_xticks(FACTORS, ("1/2", *map(str, FACTORS[1:])))
-        for ax in (right, paper):
-            ax.set(xlim=(3.4, 4900), xlabel="memory length, steps")
             ax.set_xticks(LENGTHS[::2], LENGTHS[::2])
+            ax.set(xlim=(3.4, 4900), xlabel="memory length, steps")
+            ax.set(ylabel="mean return", yticks=(0, 0.5, 1), ylim=(-0.4, 1.1))
         save(figure, path)
 
 

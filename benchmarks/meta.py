@@ -20,7 +20,6 @@ seeds for each task anew, as if tasks had networks of their own: they are rather
 """
 
 import importlib.util
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ import jax
 import numpy as np
 import pandas as pd
 import tyro
-from common import HERE, ROOT, load, results_of, save
+from common import HERE, ROOT, load, made_by, results_of, save
 from compose import compose
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -77,12 +76,13 @@ def flags_of(suite, model, seed=0, steps=None):
 
 
 def write_program(folder, model):
-    """s5_ppo_meta.py with a model of MODELS; its path."""
+    """s5_ppo_meta.py with a model of MODELS, and its commit beside it; its path."""
     text, source = (ROOT / "s5_ppo_meta.py").read_text(), SOURCES.get(model, "s5_ppo")
     if model in SOURCES:
         text = compose((ROOT / f"{source}.py").read_text(), text)
     path = folder / f"{source}_meta.py"
     path.write_text(text)
+    (folder / "commit").write_text(made_by()["commit"])  # a run may go on under a later one
     return path
 
 
@@ -103,8 +103,7 @@ def train(folder, model, flags):
         program = write_program(folder, model)
     command = [sys.executable, program.name, *map(str, flags)]
     print(folder, *command[1:], flush=True)
-    here = {"GIT_DIR": str(ROOT / ".git")}  # the commit is ours, wherever the folder is
-    subprocess.run(command, cwd=folder, env=os.environ | here)
+    subprocess.run(command, cwd=folder)
 
 
 def rewards_by_step(script, args, state, key):
@@ -133,19 +132,17 @@ def tables_of(script, run_dir, model):
         steps_per_second=results["steps_per_second"],
         device=config["device"],
         date=pd.Timestamp(run_dir.name.split("__")[-1][:8]).date(),
-        commit=config["git_commit"][:7],
+        commit=(run_dir.parents[1] / "commit").read_text(),
         run=run_dir.name,
     )
     some = metrics.index // -(-len(metrics) // 100)
     curves = {"step": ("global_step", "last"), "score": ("charts/score", "mean")}
     curves = metrics.groupby(some).agg(**curves)
-    if args.trial_unit == "episodes" and args.eval_trial_length == 1:
+    if args.trial_length == 1:
         places = rewards_by_step(script, args, state, keys[0])
-    else:  # episodes that few trials came to were chosen by being short: left out
+    else:
         places = pd.read_csv(run_dir / "adaptation.csv").rename(columns={"episode": "place"})
         places = places[places["place"] != "second half"].assign(unit="episode")
-        most = places.groupby(["task", "memory"])["trials"].transform("max")
-        places = places[places["trials"] >= most / 2]
     own = dict(zip(RUN, (args.suite, model, args.seed, metrics["global_step"].max()), strict=True))
     for table in (scores, places):
         trained = table["task"].isin(args.train_tasks)

@@ -59,7 +59,7 @@ FLAGS = """--num-envs 64 --num-steps 256 --num-minibatches 8 --update-epochs 4 -
     --learning-rate 1e-3 --anneal-lr --gamma 0.99 --gae-lambda 0.95 --ent-coef 0.0
     --encoder-size 128 --head-size 128 --d-model 64"""
 MEMORY = "--observe-action --eval-episodes 64"  # of the memory scripts
-META = "--eval-trials 64 --eval-trial-length 1"  # of s5_ppo_meta.py
+META = "--eval-trials 64"  # of s5_ppo_meta.py
 # S5 as in s5_ppo_meta.py: a memory of what was when needs states that turn.
 S5 = "--state-size 128 --layer-norm --frequency-scale 1 --state-coef 0 --sparsity-coef 0"
 S5 += " --dt-min 0.001 --dt-max 2"

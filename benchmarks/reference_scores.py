@@ -42,17 +42,16 @@ def alone(name):
         "held_out_tasks": (),
         "projected_obs_size": task.obs_size,
         "projected_action_size": task.action_size,
-        "trial_length": 2 * task.task.episode_length,
-        "trial_unit": "steps",
+        "trial_length": 2,
     }
 
 
 def random_actions(key, state, size):
-    return jax.random.uniform(key, (len(state.progress), size), minval=-1, maxval=1)
+    return jax.random.uniform(key, (len(state.episode_length), size), minval=-1, maxval=1)
 
 
 def no_actions(key, state, size):
-    return jnp.zeros((len(state.progress), size))
+    return jnp.zeros((len(state.episode_length), size))
 
 
 # Pull to the goal and friction, as shares of a step: the best of twelve pairs, and of sixteen.

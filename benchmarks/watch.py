@@ -2,8 +2,8 @@
 
     python benchmarks/watch.py runs/CLASSIC reacher    # a run of s5_ppo_meta.py, a brax task
 
-The agent of the run's first seed, memory kept, on a pair of matrices of its own; the trial is as
-long as in the run's evaluation. Takes a minute, mostly to compile, and writes
+The agent of the run's first seed, memory kept, on a pair of matrices of its own; the trial has
+as many episodes as the run's. Takes a minute, mostly to compile, and writes
 RUN/TASK_first_episode.html and RUN/TASK_last_episode.html. The task need not be one of the run's,
 but has to fit into its projected sizes.
 """
@@ -48,9 +48,7 @@ def main():
 
     body = env.tasks[0].env
     system = body.sys.tree_replace({"opt.timestep": body.dt})  # which is the time between frames
-    episodes = [*pairwise([0, *np.flatnonzero(done) + 1])]
-    if args.trial_unit == "steps":
-        episodes = [(start, end) for start, end in episodes if start < args.eval_trial_length]
+    episodes = [*pairwise([0, *np.flatnonzero(done)[: args.trial_length] + 1])]
     for which, episode in (("first", episodes[0]), ("last", episodes[-1])):
         states = [jax.tree.map(lambda x, t=t: x[t, 0], frames) for t in range(*episode)]
         path = run_dir / f"{name}_{which}_episode.html"

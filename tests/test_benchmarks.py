@@ -97,7 +97,7 @@ def test_finished_runs_are_evaluated_anew_seed_by_seed_and_stay_as_they_are(
 ):
     run_dir, left = meta_run
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
-    settings = {"eval_trials": 3, "eval_trial_length": 3, "held_out_tasks": ("cartpole",)}
+    settings = {"eval_trials": 3, "trial_length": 3, "held_out_tasks": ("cartpole",)}
     report, seen = s5_ppo_meta.report, []
 
     def spy(folder, state, keys, *rest):
@@ -144,7 +144,7 @@ def test_columns_of_seeds_end_where_the_shortest_does(capsys):
 def test_a_film_shows_each_step_of_the_trial():
     args = s5_ppo_meta.Args(suite="classic", train_tasks=("reacher",), held_out_tasks=(), **SMALL)
     env = watch.Filmed(args.train_tasks, args, trials_end=False)
-    args.eval_trials, args.eval_trial_length = 1, 3
+    args.eval_trials, args.trial_length = 1, 3
 
     def film(key):
         network, (_, obs) = s5_ppo_meta.ActorCritic(args), env.reset(key, 1)
@@ -152,8 +152,8 @@ def test_a_film_shows_each_step_of_the_trial():
         return s5_ppo_meta.run_trials(params, key, False, False, args, env)
 
     frames, done = jax.eval_shape(film, jax.random.key(0))
-    assert done.shape == (3 + 100, 1)
-    assert frames.x.pos.shape[:2] == (3 + 100, 1)  # of brax's bodies
+    assert done.shape == (3 * 100, 1)
+    assert frames.x.pos.shape[:2] == (3 * 100, 1)  # of brax's bodies
 
 
 def test_reference_returns_are_those_of_whole_episodes_from_new_starts():
@@ -205,7 +205,7 @@ def test_bodies_are_drawn_in_their_range_and_asked_at_the_strengths_given(tmp_pa
 
 def test_an_agent_that_does_nothing_scores_0_with_every_body(monkeypatch):
     """Its returns, trial by trial, are the reference's: in both, trials start alike."""
-    args = s5_ppo_meta.Args(suite="goals", eval_trial_length=2)
+    args = s5_ppo_meta.Args(suite="goals", trial_length=2)
 
     def idle(params, key, wipe_episode, wipe_step, args, env):
         num_envs = len(env.names) * args.eval_trials
@@ -338,7 +338,7 @@ def popgym_folder(tmp_path, monkeypatch):
     sizes = {"S5": "--num-layers 1 --state-size 4", "LSTM": "--num-layers 1 --hidden-size 4"}
     models = {name: (popgym_hard.MODELS[name][0], sizes[name]) for name in sizes}
     settings = {"HERE": tmp_path, "RUNS": tmp_path / "runs", "FLAGS": small}
-    settings |= {"META": "--eval-trials 2 --eval-trial-length 1", "MEMORY": "--eval-episodes 2"}
+    settings |= {"META": "--eval-trials 2", "MEMORY": "--eval-episodes 2"}
     for name, x in settings.items():
         monkeypatch.setattr(popgym_hard, name, x)
     for name, x in models.items():
@@ -575,7 +575,7 @@ def test_runs_of_two_models_are_in_the_tables_as_they_report_themselves(meta_cel
         episodes = episodes[episodes["episode"] != "second half"]
         np.testing.assert_allclose(place["mean"], episodes["mean"], rtol=1e-4)
         assert place["place"].tolist() == episodes["episode"].astype(float).tolist()
-        assert set(place["unit"]) == {"episode"} and len(place) == 2 * 3 * 4
+        assert set(place["unit"]) == {"episode"} and len(place) == 2 * 3 * 2
     assert scores.groupby("model")["parameters"].first().nunique() == 2  # two networks
     for name in meta.TABLES[1:]:
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -623,6 +623,7 @@ def test_a_table_gives_intervals_where_there_are_several_seeds(capsys):
 def test_a_run_that_left_no_checkpoint_begins_anew(tmp_path, monkeypatch):
     (tmp_path / "runs" / "killed").mkdir(parents=True)
     begun = []
+    monkeypatch.setattr(meta, "made_by", lambda: {"commit": "0123456"})
     monkeypatch.setattr(meta.subprocess, "run", lambda command, **_: begun.append(command[1:]))
     meta.train(tmp_path, "none", meta.flags_of("cartpole", "none", 1, 100))
     expected = "--suite cartpole --seed 1 --total-timesteps 100 --log-interval 4 "
@@ -631,15 +632,18 @@ def test_a_run_that_left_no_checkpoint_begins_anew(tmp_path, monkeypatch):
 
 
 def test_trials_of_one_episode_give_rewards_by_step(tmp_path):
-    run_dir = tmp_path / "s5_ppo_meta__cartpole__0__20260102-030405-6"
+    run_dir = tmp_path / "runs" / "s5_ppo_meta__cartpole__0__20260102-030405-6"
+    run_dir.parent.mkdir()
+    (tmp_path / "commit").write_text("0123456")
     tasks = {"train_tasks": ("pendulum",), "held_out_tasks": ("cartpole-positions",)}
-    trials = {"trial_length": 1, "eval_trial_length": 1, "eval_trials": 3, "num_layers": 1}
+    trials = {"trial_length": 1, "eval_trials": 3, "num_layers": 1}
     leave_a_run(s5_ppo_meta, run_dir, **tasks, **trials)
     args, state, keys = common.load(s5_ppo_meta, run_dir)
     env = s5_ppo_meta.Environment(args.train_tasks + args.held_out_tasks, args, trials_end=False)
     s5_ppo_meta.report(run_dir, state, keys, {}, args, env)
     scores, _, places = meta.tables_of(s5_ppo_meta, run_dir, "S5")
     assert set(scores["date"].astype(str)) == {"2026-01-02"}
+    assert set(scores["commit"]) == {"0123456"}
     assert set(scores["seconds"]) == {round(4 * 8 / 5.0)}
     kept = places[places["memory"] == "kept"]
     pendulum, pole = (kept[kept["task"] == name] for name in ("pendulum", "cartpole-positions"))

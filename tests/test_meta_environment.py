@@ -20,10 +20,7 @@ from s5_ppo_meta import SUITES, TASKS, Args, Environment, ProjectedTask, random_
 KEY = jax.random.PRNGKey(0)
 O, A, STEPS = 6, 2, 320  # projected sizes; steps played
 SIZES = {"held_out_tasks": (), "projected_obs_size": O, "projected_action_size": A}
-TRIALS = {
-    "one copy": {"trial_length": 2, "trial_unit": "episodes"},
-    "two copies": {"trial_length": 17, "trial_unit": "steps"},
-}
+TRIALS = {"one copy": {"trial_length": 3}, "two copies": {"trial_length": 2}}
 SHORT = ("short-cartpole", "short-bodies")
 LIMITS = (15, 7)
 GYMNAX = {  # the action that the task gets for one in [-1, 1], and the entries that are seen
@@ -186,19 +183,15 @@ def physics_is_decided(task):
 
 
 # ---- trials and episodes
-def test_episodes_end_with_the_task_a_limit_or_the_trial_and_only_the_trial_resets(played):
+def test_episodes_end_with_the_task_or_a_limit_and_only_a_trials_last_resets(played):
     for task, limit in zip(played, LIMITS, strict=True):
         now, args = task.now, task.args
         step = np.arange(STEPS)[:, None] + 1
         length = step - np.maximum.accumulate(np.where(task.began, step, 0)) + 1
         length += np.where(task.began.cumsum(0) == 1, task.state.episode_length[0], 0)
-        if args.trial_unit == "steps":
-            trial_ends = (task.state.progress[0] + step) % args.trial_length == 0
-        else:
-            episodes = task.state.progress[0] + now.done.cumsum(0)
-            trial_ends = now.done & (episodes % args.trial_length == 0)
-        np.testing.assert_array_equal(now.reset, trial_ends)
-        np.testing.assert_array_equal(now.done, task.raw.end | (length == limit) | trial_ends)
+        episodes = task.state.trial_episodes[0] + now.done.cumsum(0)
+        np.testing.assert_array_equal(now.reset, now.done & (episodes % args.trial_length == 0))
+        np.testing.assert_array_equal(now.done, task.raw.end | (length == limit))
         np.testing.assert_array_equal(now.truncated, now.done & ~task.raw.end)
         assert not now.failed.any()
         assert now.reset.any(0).all() and (now.done & ~now.reset).any(0).all()
@@ -229,9 +222,9 @@ def test_trials_start_staggered_if_asked_and_a_redraw_renews_the_start_states_on
         return at_once.reset(key, n)[0], old, env.redraw(key, (old,))[0]
 
     together, old, new = run()
-    assert not together.progress.any() and not together.episode_length.any()
+    assert not together.trial_episodes.any() and not together.episode_length.any()
     limits = args.trial_length, TASKS["pendulum"].episode_length // 10
-    for x, limit in zip((old.progress, old.episode_length // 10), limits, strict=True):
+    for x, limit in zip((old.trial_episodes, old.episode_length // 10), limits, strict=True):
         counts = np.bincount(x)
         assert len(counts) == limit and counts.min() > 0.4 * n / limit
     jax.tree.map(np.testing.assert_array_equal, old._replace(starts=()), new._replace(starts=()))
@@ -255,7 +248,7 @@ def test_returns_are_of_one_episode(played):
 
 def test_episodes_of_a_trial_begin_alike_where_the_goal_is_hidden_and_trials_do_not():
     patch = {"point-goal": TASKS["point-goal"]._replace(episode_length=3)}
-    args = Args(**SIZES, train_tasks=("point-goal",), trial_length=3, trial_unit="episodes")
+    args = Args(**SIZES, train_tasks=("point-goal",), trial_length=3)
     with pytest.MonkeyPatch.context() as context:
         context.setitem(TASKS, *patch.popitem())
         env = Environment(args.train_tasks, args)
@@ -496,7 +489,7 @@ def test_trials_of_an_evaluation_start_together_and_never_end(unprojected):
         state, n = task.state, task.now.done.shape[1]
         assert not task.now.reset.any()
         ended = np.concatenate([np.zeros((1, n)), task.now.done[:-1].cumsum(0)])
-        np.testing.assert_array_equal(state.progress, ended)
+        np.testing.assert_array_equal(state.trial_episodes, ended)
 
 
 # ---- physics that fails
@@ -524,7 +517,6 @@ def test_the_tables_name_known_tasks_and_hold_some_out():
     for suite in SUITES.values():
         names = suite.train_tasks + suite.held_out_tasks
         assert set(names) <= set(TASKS)
-        assert suite.trial_unit in ("steps", "episodes")
         physics = [(x.env_id, str(x.params | x.ranges)) for x in map(TASKS.get, names)]
         assert len(set(physics)) == len(physics)  # nor is one held out under another name
     assert all(SUITES[name].held_out_tasks for name in SUITES.keys() - {"cartpole"})
@@ -550,8 +542,7 @@ def test_hidden_goals_stay_for_the_episodes_of_the_readme_whose_few_steps_are_al
         hidden = any(TASKS[name].same_start for name in suite.train_tasks)
         assert suite.bootstrap_truncated is not hidden
         if hidden:
-            assert suite.trial_unit == "episodes"
-            assert suite.trial_length == suite.eval_trial_length == 16
+            assert suite.trial_length == 16
 
 
 def test_without_playground_one_line_says_what_the_tasks_of_dm_control_need(monkeypatch):

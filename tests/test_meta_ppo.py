@@ -33,7 +33,7 @@ from s5_ppo_meta import (
 )
 
 KEY = jax.random.PRNGKey(0)
-N, O, A, T, LIMITS, TRIAL = 4, 5, 2, 13, (12, 5), 9
+N, O, A, T, LIMITS, TRIAL = 4, 5, 2, 13, (12, 5), 2
 NAMES = ("short-cartpole", "short-pendulum")
 NETWORK = {"num_layers": 1, "d_model": 8, "state_size": 4, "encoder_size": 8, "head_size": 8}
 TINY = NETWORK | {
@@ -46,7 +46,6 @@ TINY = NETWORK | {
     "projected_obs_size": O,
     "projected_action_size": A,
     "trial_length": TRIAL,
-    "trial_unit": "steps",
     "train_tasks": NAMES,
     "held_out_tasks": (),
     "bootstrap_truncated": True,
@@ -193,27 +192,27 @@ def test_rollouts_go_on_where_the_last_one_stopped_with_new_starts(rollouts):
 
 
 # ---- borders of episodes and of trials
-def test_episodes_end_by_a_fall_a_limit_or_their_trial_and_only_the_trial_resets_the_memory(
+def test_episodes_end_by_a_fall_or_a_limit_and_only_a_trials_last_resets_the_memory(
     rollouts
 ):  # fmt: skip
     batch, now = joined(rollouts)
     fallen = now.done & ~now.truncated
     first = rollouts.good[0].before.env_state
-    begun = np.concatenate([state.progress for state in first])
+    before = np.concatenate([state.trial_episodes for state in first])
     played = np.concatenate([state.episode_length for state in first])
     step = np.arange(3 * T)[:, None]
-    trial_end = (begun + 1 + step) % TRIAL == 0
+    trial_end = now.done & ((before + now.done.cumsum(0)) % TRIAL == 0)
     began = np.concatenate([np.ones((1, N), bool), now.done[:-1]])
     length = step - np.maximum.accumulate(np.where(began, step, 0)) + 1
     length += np.where(began.cumsum(0) == 1, played, 0)
     limit = length == np.repeat(LIMITS, N // 2)
     np.testing.assert_array_equal(batch.done, now.done)
-    np.testing.assert_array_equal(batch.done, fallen | limit | trial_end)
+    np.testing.assert_array_equal(batch.done, fallen | limit)
     np.testing.assert_array_equal(batch.reset[1:], trial_end[:-1])
     np.testing.assert_array_equal(batch.obs[1:, :, -1], trial_end[:-1])
     np.testing.assert_array_equal(batch.obs[1:, :, -2], batch.done[:-1])
     assert (fallen & ~limit & ~trial_end).any() and (limit & ~fallen & ~trial_end).any()
-    assert (trial_end & ~fallen & ~limit).any()
+    assert (trial_end & fallen).any() and (trial_end & ~fallen).any()
 
 
 @pytest.mark.parametrize(("credit", "adds"), [("episode", 1), ("trial", 1), ("episode", 0)])
@@ -500,7 +499,7 @@ def test_the_step_size_falls_to_zero_over_the_run_if_asked():
 
 
 # ---- evaluation
-EVAL = TINY | {"train_tasks": NAMES[1:], "eval_trials": 3, "eval_trial_length": 12}
+EVAL = TINY | {"train_tasks": NAMES[1:], "eval_trials": 3, "trial_length": 3}
 
 
 def test_an_evaluation_has_the_same_trials_whatever_the_memory_and_shows_a_wiped_one_their_start(
@@ -533,7 +532,7 @@ def test_an_evaluation_has_the_same_trials_whatever_the_memory_and_shows_a_wiped
 
     monkeypatch.setattr(env, "step", step)
     play = jax.jit(partial(run_trials, args=args, env=env))
-    limit, steps = LIMITS[1], 12 + LIMITS[1]  # the last to begin within the trial are whole
+    limit, steps = LIMITS[1], 3 * LIMITS[1]
     begun = np.arange(steps)[:, None] == 0
     ends = np.tile(np.arange(1, steps + 1)[:, None] % limit == 0, 3)
     ended = np.concatenate([np.ones((1, 3), bool), ends[:-1]])
@@ -570,7 +569,7 @@ def test_an_evaluation_has_the_same_trials_whatever_the_memory_and_shows_a_wiped
 
 
 def test_trials_of_episodes_are_long_enough_for_all_of_them():
-    args = Args(**EVAL | {"trial_unit": "episodes", "eval_trial_length": 7})
+    args = Args(**EVAL | {"trial_length": 7})
     env = Environment(args.train_tasks, args, trials_end=False)
     network = ActorCritic(args)
     inputs = jnp.zeros((1, 3, O + A + 3)), jnp.ones((1, 3), bool)
@@ -585,11 +584,11 @@ def rows_of(table, **wanted):
 
 
 def test_scores_by_hand(monkeypatch):
-    """Two trials of 8 steps, of which the memory is worth something, and one task of no worth."""
+    """Two trials of two episodes, in which memory is worth something, and a task of no worth."""
     made_up = TASKS["pendulum"]._replace(baseline_return=2.0, specialist_return=4.0)
     monkeypatch.setitem(TASKS, "made up", made_up)
-    args = Args(**EVAL | {"eval_trial_length": 8})
-    # Episodes of 4 steps; the third begins at step 8, too late.
+    args = Args(**EVAL | {"trial_length": 2})
+    # Episodes of 4 steps; the third comes when the trial is over.
     dones = np.tile(np.arange(1, 13)[:, None, None] % 4 == 0, (3, 1, 2, 2))
     rewards = np.zeros((3, 12, 2, 2))
     per_step = {
@@ -616,28 +615,25 @@ def test_scores_by_hand(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("unit", "length", "expected"),
-    [
-        # Trial 0: episodes from steps 0, 2, 5 with returns 3, 12, 13; trial 1: from 0 with 6.
-        ("steps", 5, {0: [3, 6], 1: [12], "second half": []}),
-        ("steps", 4, {0: [3, 6], 1: [12], "second half": [12]}),
-        ("episodes", 2, {0: [3, 6], 1: [12], "second half": [12]}),
-        ("episodes", 4, {0: [3, 6], 1: [12], 2: [13], "second half": [13]}),
+    ("length", "expected"),
+    [  # Trial 0 has episodes with returns 3, 12 and 13, trial 1 one with 6.
+        (1, {0: [3, 6], "second half": [3, 6]}),
+        (2, {0: [3, 6], 1: [12], "second half": [12]}),
+        (3, {0: [3, 6], 1: [12], 2: [13], "second half": [12.5]}),
+        (4, {0: [3, 6], 1: [12], 2: [13], "second half": [13]}),
     ],
 )
-def test_episodes_that_begin_in_the_trial_count_and_are_whole(
-    unit, length, expected, monkeypatch
-):  # fmt: skip
+def test_episodes_of_the_trial_count_if_they_are_whole(length, expected, monkeypatch):
     made_up = TASKS["pendulum"]._replace(baseline_return=0.0, specialist_return=1.0)
     monkeypatch.setitem(TASKS, "made up", made_up)
     rewards = np.array([[1, 2, 3, 4, 5, 6, 7], [1, 1, 1, 1, 1, 1, 1]], float).T
     dones = np.array([[0, 1, 0, 0, 1, 0, 1], [0, 0, 0, 0, 0, 1, 0]], bool).T
-    args = Args(**EVAL | {"trial_unit": unit, "eval_trial_length": length})
+    args = Args(**EVAL | {"trial_length": length})
     of_all = [np.tile(x[None, :, None], (3, 1, 1, 1)) for x in (rewards, dones)]
     table = score_table(*of_all, ("made up",), args).to_dict("records")
     table = rows_of(table, memory="kept")
     found = {row["episode"]: row for row in table}
-    assert found.keys() == {episode for episode, sample in expected.items() if sample}
+    assert found.keys() == expected.keys()
     for episode, row in found.items():
         assert row["mean"] == np.mean(expected[episode])
         assert row["trials"] == len(expected[episode])
@@ -648,7 +644,7 @@ def report_by_hand(patch, path, short_kept=False):
     """Of two seeds, three trials each, two episodes of a step: 7, then what params and the
     kind of memory say, or, of a memory kept, nothing that ends, if short_kept."""
     flags = EVAL | {"held_out_tasks": ("mountain-car",), "num_seeds": 2}
-    args = Args(**flags | {"eval_trial_length": 2, "trial_unit": "episodes"})
+    args = Args(**flags | {"trial_length": 2})
     for name, zero in ((NAMES[1], 0.0), ("mountain-car", 100.0)):
         row = TASKS[name]._replace(baseline_return=zero, specialist_return=zero + 1)
         patch.setitem(TASKS, name, row)
@@ -692,7 +688,7 @@ def test_the_report_is_of_all_seeds(
     assert second.startswith("mountain-car") and second.endswith("held out")
 
 
-def test_where_no_episode_began_late_the_table_has_a_gap_and_the_files_no_nan(
+def test_where_no_late_episode_ended_the_table_has_a_gap_and_the_files_no_nan(
     monkeypatch, tmp_path, capsys
 ):  # fmt: skip
     table, result = report_by_hand(monkeypatch, tmp_path, short_kept=True)
@@ -745,10 +741,9 @@ def test_what_an_action_does_is_found_out_within_a_trial_and_kept_in_memory(monk
     monkeypatch.setattr(ProjectedTask, "physics", physics)
     row = TASKS["pendulum"]._replace(episode_length=2, return_std=1.0)
     monkeypatch.setitem(TASKS, "made up", row)
-    trials = {"trial_length": 4, "trial_unit": "episodes", "eval_trial_length": 4}
     sizes = {"projected_obs_size": 3, "projected_action_size": 1, "train_tasks": ("made up",)}
     total = {"total_timesteps": 80 * 32 * 24, "log_interval": 80}
-    args = Args(**LEARNING, **trials, **sizes, **total, eval_trials=200)
+    args = Args(**LEARNING, **sizes, **total, trial_length=4, eval_trials=200)
     rewards, _ = train_and_play(args)
     by_episode = rewards.reshape(2, 4, 2, 200).sum(2).mean(2)  # memory, episode
     assert np.abs(by_episode[:, 0]).max() < 0.3  # nobody knows
@@ -768,10 +763,9 @@ def test_a_cart_whose_pushes_are_turned_around_is_balanced_by_memory(monkeypatch
 
     monkeypatch.setattr(meta, "random_orthonormal", random_sign)
     sizes = {"d_model": 32, "state_size": 16, "encoder_size": 32, "head_size": 32, "num_steps": 64}
-    trials = {"trial_length": 3, "trial_unit": "episodes", "eval_trial_length": 3}
     task = {"projected_obs_size": 2, "projected_action_size": 1, "train_tasks": ("cart",)}
     total = {"total_timesteps": 900_000, "log_interval": 147, "learning_rate": 2e-3}
-    args = Args(**LEARNING | sizes | trials | task | total)
+    args = Args(**LEARNING | sizes | task | total, trial_length=3)
     rewards, dones = train_and_play(args)
     kept, wiped = (
         np.mean([reward[done.nonzero()[0][1] + 1 : done.nonzero()[0][2] + 1].sum()

@@ -126,12 +126,12 @@ def test_a_run_leaves_its_flags_numbers_plot_and_parameters(uninterrupted):
     returns = {name.rpartition("/")[2] for name in table[0] if "episodic_return" in name}
     assert returns == set(TASKS)  # what is held out never reaches training
     assert any(float(row["charts/episodic_return/cartpole-positions"]) > 0 for row in table)
-    # The evaluation is of all tasks, also those held out, and of trials twice as long.
+    # The evaluation is of all tasks, also those held out.
     names = (*TASKS, "mountain-car")
     adaptation = rows(path, "adaptation.csv")
     assert [(row["task"], row["memory"], row["episode"], row["trials"]) for row in adaptation] == [
         (task, memory, episode, "2")
-        for episodes in (("0", "1"), ("second half",))
+        for episodes in (("0",), ("second half",))
         for task, memory, episode in product(names, MEMORIES, episodes)
     ]
     assert all(np.isfinite(float(row[name])) for row in adaptation for name in ("mean", "ci95"))
@@ -279,26 +279,18 @@ def test_a_refused_run_exits_with_1(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_trials_of_negative_length_are_refused():
-    with pytest.raises(ValueError, match="--eval-trial-length"):
-        Args(eval_trial_length=-3)
-
-
 # ---- flags
 @pytest.mark.parametrize("suite", SUITES)
 def test_a_suite_gives_what_no_flag_overrides(suite):
     args = Args(suite=suite)
     given = {name: x for name, x in SUITES[suite]._asdict().items() if x is not None}
     assert given.items() <= dataclasses.asdict(args).items()
-    length = given.get("eval_trial_length")
-    assert args.eval_trial_length == (length or 2 * args.trial_length)
     names = ("mountain-car",)
     changed = Args(suite=suite, trial_length=7, projected_obs_size=99, held_out_tasks=names)
     expected = dataclasses.asdict(args) | {
         "trial_length": 7,
         "projected_obs_size": 99,
         "held_out_tasks": names,
-        "eval_trial_length": length or 14,
     }
     assert dataclasses.asdict(changed) == expected
 

@@ -119,7 +119,7 @@ def test_no_line_is_over_100_columns_and_no_function_over_100_lines(name):
 
 @pytest.mark.xfail(
     strict=False,
-    reason="for now: s5_ppo_memory 794, lstm_ppo 720, transformer_ppo 787, s5_ppo_meta 1232 lines",
+    reason="for now: s5_ppo_memory 794, lstm_ppo 720, transformer_ppo 787, s5_ppo_meta 1217 lines",
 )
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_is_short_enough_to_be_read(name):
