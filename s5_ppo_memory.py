@@ -38,7 +38,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,7 +147,7 @@ class RepeatPrevious:
     t mod `longest`, how many cards of each suit these are (4,), and t of the last.
     """
 
-    longest = 1024
+    longest = 2048
 
     def __init__(self):
         from gymnax.environments.bsuite.memory_chain import EnvParams  # the same two serve here
@@ -215,8 +215,8 @@ class Environment:
         observation, action = env.observation_space(params), env.action_space(params)
         if len(observation.shape) != 1 or not hasattr(action, "n"):
             raise ValueError(f"{args.env_id} has no flat Box to observe or no Discrete actions")
-        if 4 * args.memory_length > getattr(env, "longest", np.inf):  # the longest that is asked
-            raise ValueError(f"--memory-length {args.memory_length}: at most {env.longest // 4}")
+        if 8 * args.memory_length > getattr(env, "longest", np.inf):  # the longest that is asked
+            raise ValueError(f"--memory-length {args.memory_length}: at most {env.longest // 8}")
         self.num_actions, self.bounds = action.n, (observation.low, observation.high)
         self.seen = np.arange(observation.shape[0])[[*args.seen] or slice(None)]
 
@@ -446,25 +446,23 @@ class TrainState(NamedTuple):
     opt_state: tuple
     actor: tuple  # env_state, obs (N, O), reset (N,) and the memory before it has seen obs
     key: jax.Array
-    num_updates: jax.Array  # int32, updates done
 
 
-def gae(reward, value, done, last_value, gamma, gae_lambda):
-    """Generalised advantage estimates (Schulman et al. 2016), (T, N) as the first three are.
+def gae(batch, last_value, gamma, gae_lambda):
+    """Generalised advantage estimates (T, N) of a Transition (T, N) (Schulman et al. 2016).
 
     last_value (N,) is the value of the observation after the last step. `done` stops both the
     bootstrap and the trace. Where a time limit is no real end, its value is in reward already.
     """
 
-    def step(later, inputs):
+    def step(later, now):
         advantage, next_value = later
-        reward, value, done = inputs
-        delta = reward + gamma * jnp.where(done, 0.0, next_value) - value
-        advantage = delta + gamma * gae_lambda * jnp.where(done, 0.0, advantage)
-        return (advantage, value), advantage
+        delta = now.reward + gamma * jnp.where(now.done, 0.0, next_value) - now.value
+        advantage = delta + gamma * gae_lambda * jnp.where(now.done, 0.0, advantage)
+        return (advantage, now.value), advantage
 
     later = jnp.zeros_like(last_value), last_value
-    return jax.lax.scan(step, later, (reward, value, done), reverse=True)[1]
+    return jax.lax.scan(step, later, batch, reverse=True)[1]
 
 
 def ppo_loss(params, network, carry, batch, advantage, target, args):
@@ -494,13 +492,6 @@ def ppo_loss(params, network, carry, batch, advantage, target, args):
     }
 
 
-def learning_rate_schedule(args):
-    """The step size as a function of the number of optimiser steps taken."""
-    steps = args.num_updates * args.update_epochs * args.num_minibatches
-    last = 0.0 if args.anneal_lr else args.learning_rate
-    return optax.linear_schedule(args.learning_rate, last, steps)
-
-
 def learn(params_and_opt_state, env_ids, carry, rollout, network, optimizer, args):
     """One gradient step on the environments env_ids (M,), over the whole length of the rollout.
 
@@ -524,7 +515,9 @@ def make_train(args, env):
     the environments and averages its gradients with the others'.
     """
     num_envs, network = args.num_envs // args.num_devices, ActorCritic(args, env.num_actions)
-    adam = optax.adam(learning_rate_schedule(args), eps=1e-5)
+    steps = args.num_updates * args.update_epochs * args.num_minibatches
+    last = 0.0 if args.anneal_lr else args.learning_rate
+    adam = optax.adam(optax.linear_schedule(args.learning_rate, last, steps), eps=1e-5)
     optimizer = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adam)
 
     def init(key):
@@ -538,7 +531,6 @@ def make_train(args, env):
             opt_state=optimizer.init(params),
             actor=(env_state, obs, reset, carry),
             key=key,
-            num_updates=jnp.zeros((), jnp.int32),
         )
 
     def act(params, actor, key):
@@ -577,8 +569,7 @@ def make_train(args, env):
         actor, (batch, returns) = jax.lax.scan(partial(act, state.params), state.actor, act_keys)
         _, obs, reset, carry = actor
         last_value = network.apply(state.params, carry, obs[None], reset[None])[2][0]
-        gammas = args.gamma, args.gae_lambda
-        advantage = gae(batch.reward, batch.value, batch.done, last_value, *gammas)
+        advantage = gae(batch, last_value, args.gamma, args.gae_lambda)
         target = advantage + batch.value
 
         order = jnp.concatenate([jax.random.permutation(k, num_envs) for k in epoch_keys])
@@ -587,11 +578,10 @@ def make_train(args, env):
         fixed = {"network": network, "optimizer": optimizer, "args": args}
         step = partial(learn, carry=start, rollout=(batch, advantage, target), **fixed)
         (params, opt_state), losses = jax.lax.scan(step, (state.params, state.opt_state), order)
-        unexplained = (target - batch.value).var() / (target.var() + 1e-8)
-        losses["losses/explained_variance"] = 1 - unexplained
+        losses["losses/explained_variance"] = 1 - advantage.var() / (target.var() + 1e-8)
         state = state._replace(params=params, opt_state=opt_state, actor=actor, key=key)
         episodes = jnp.stack([batch.done.sum(), returns.sum()])
-        return state._replace(num_updates=state.num_updates + 1), (losses, episodes)
+        return state, (losses, episodes)
 
     def train(state):
         """log_interval updates. Losses are means over them, the return one over whole episodes."""
@@ -602,7 +592,7 @@ def make_train(args, env):
         return state, metrics  # the return is NaN where no episode ended
 
     copied, split = jax.P(), jax.P("devices")
-    specs = TrainState(params=copied, opt_state=copied, actor=split, key=copied, num_updates=copied)
+    specs = TrainState(params=copied, opt_state=copied, actor=split, key=copied)
     spmd = partial(jax.shard_map, mesh=jax.make_mesh((args.num_devices,), ("devices",)))
     spmd = partial(spmd, out_specs=specs, check_vma=False)
     return spmd(init, in_specs=copied), spmd(train, in_specs=(specs,), out_specs=(specs, copied))
@@ -676,7 +666,7 @@ def write(path, content: bytes):
 def write_config(run_dir, args, flags):
     here = Path(__file__).resolve().parent
     config = {"args": asdict(args), "flags": flags, "device": jax.devices()[0].device_kind}
-    config["versions"] = {name: version(name) for name in ("jax", "flax", "optax", "gymnax")}
+    config["versions"] = {package.name: package.version for package in distributions()}
     config["git_commit"] = subprocess.getoutput(f'git -C "{here}" rev-parse HEAD 2>/dev/null')
     write(run_dir / "config.json", json.dumps(config, indent=2, default=str).encode())
 
@@ -742,7 +732,8 @@ def main():
     with refuse(run_dir, OSError):
         run_dir.mkdir(parents=True, exist_ok=True)
         write_config(run_dir, args, flags)
-    update, total = int(state.num_updates[0]), args.num_updates * args.batch_size
+    step, total = rows[-1]["global_step"] if rows else 0, args.num_updates * args.batch_size
+    steps_a_call = args.log_interval * args.batch_size
     size = sum(x[0].size for x in jax.tree.leaves(state.params))
     print(f"{run_dir}: {size:,} parameters, {total:,} steps, {jax.devices()[0].device_kind}")
 
@@ -755,25 +746,24 @@ def main():
     for number in stopping:
         signal.signal(number, lambda number, _: stopped_by.append(signal.Signals(number).name))
     try:
-        bar = tqdm(total=total, initial=update * args.batch_size, unit="step", unit_scale=True)
-        while update < args.num_updates and not stopped_by:
+        bar = tqdm(total=total, initial=step, unit="step", unit_scale=True)
+        while step < total and not stopped_by:
             call_start = time.time()
             state, metrics = train(state)
             metrics = jax.device_get(metrics)  # waits for the device
             if not np.isfinite(metrics["losses/grad_norm"]).all():
                 bar.close()
                 how = f"a smaller --learning-rate, anew or with --resume {run_dir}"
-                sys.exit(f"error: the gradient was not finite after update {update}; try {how}")
-            update, steps = update + args.log_interval, args.log_interval * args.batch_size
-            metrics["charts/SPS"] = steps / (time.time() - call_start)
-            now = update * args.batch_size
-            new = pd.DataFrame({"global_step": now, "seed": seeds} | metrics).to_dict("records")
+                sys.exit(f"error: the gradient was not finite after step {step:,}; try {how}")
+            step += steps_a_call
+            metrics["charts/SPS"] = steps_a_call / (time.time() - call_start)
+            new = pd.DataFrame({"global_step": step, "seed": seeds} | metrics).to_dict("records")
             rows += new
             if args.track:
                 sent = {f"seed_{row['seed']}/{name}": row[name] for row in new for name in metrics}
-                wandb.log(sent, step=now)
+                wandb.log(sent, step=step)
             bar.set_postfix_str(f"return {metrics['charts/episodic_return'].mean():.2f}")
-            bar.update(steps)
+            bar.update(steps_a_call)
             if time.time() - last_save > args.checkpoint_interval:
                 save(run_dir, state, rows)
                 last_save = time.time()

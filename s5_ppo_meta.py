@@ -9,8 +9,8 @@ agent has to find out within the trial what its actions do, and remember it unti
     python s5_ppo_meta.py --suite classic --total-timesteps 96000000    # five tasks at once
     python s5_ppo_meta.py --resume runs/RUN         # goes on after Ctrl-C or a kill
 
-Expect 0.8 to 1.1 on the hidden goals, where 1 is a rule that sees the goal, and 0.6 to 1.1 on those
-held out, but for point-weak, +- 0.5; 0.0 to 0.4 with the memory wiped at every episode. Departures:
+Expect scores (0: idle or random, 1: a rule that sees the goal) of 0.8 to 1.1 in training, and of
+0.6 to 1.1 on bodies held out; with the memory wiped at every episode 0.0 to 0.4. Departures:
 - PPO, not Muesli. The network is also shown the last change of the observation and of the reward,
   and inner products, which no matrix for observations changes (--no-inner-products).
 - S5's largest initial time step is 2. With 0.1 even the fastest states would average over 20 steps
@@ -38,7 +38,7 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import distributions
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -64,7 +64,7 @@ class Task(NamedTuple):
     episode_length: int  # time limit, in steps
     baseline_return: float  # scores 0: the better of random actions and none at all
     specialist_return: float  # scores 1: this script on this task alone, or a rule that sees all
-    return_std: float  # divides the rewards: about that of random actions' discounted returns
+    return_std: float  # of random actions' discounted returns, about; it divides the rewards
     # ---- the next five are for gymnax only
     params: dict = {}  # noqa: RUF012 EnvParams that differ from the library's
     ranges: dict = {}  # noqa: RUF012 (low, high) of EnvParams that are drawn for each trial
@@ -92,25 +92,23 @@ TASKS = {  # env_id, episode_length, baseline_return, specialist_return, return_
 }
 
 # Hidden goals. In each trial an action moves the body 1/2 to 2 times as far as the usual one, drawn
-# anew; then bodies that are held out, which it moves a third as far, and 3 times.
-POINT = {"dense_reward": True, "max_force": 0.2, "goal_radius": -1.0}  # it stays where it arrives
-SWIM, TURN = {"dt": 0.3}, {"dt": 0.3, "torque_scale": 2.0}
-FORCES, TIMES, TORQUES = {"max_force": (0.1, 0.4)}, {"dt": (0.212, 0.424)}, {"torque_scale": (1, 4)}
-WEAK_POINT, STRONG_POINT = POINT | {"max_force": 0.067}, POINT | {"max_force": 0.6}
-WEAK_ARM, STRONG_ARM = TURN | {"torque_scale": 0.667}, TURN | {"torque_scale": 6.0}
-POINT_GOAL = {"seen": slice(0, 2), "same_start": True}
-SWIMMER_GOAL = {"seen": slice(10, 14), "same_start": True}
-REACHER_GOAL = {"seen": slice(0, 6), "same_start": True}
-GOALS = {
-    "point-goal": Task("PointRobot-misc", 6, -5.375, -2.274, 2.115, POINT, FORCES, **POINT_GOAL),
-    "swimmer-goal": Task("Swimmer-misc", 10, 5.151, 8.152, 1.851, SWIM, TIMES, **SWIMMER_GOAL),
-    "reacher-goal": Task("Reacher-misc", 10, 1.526, 6.45, 1.185, TURN, TORQUES, **REACHER_GOAL),
-    "point-weak": Task("PointRobot-misc", 6, -5.375, -4.188, 2.019, WEAK_POINT, **POINT_GOAL),
-    "swimmer-weak": Task("Swimmer-misc", 10, 5.151, 7.315, 2.069, {"dt": 0.173}, **SWIMMER_GOAL),
-    "reacher-weak": Task("Reacher-misc", 10, 1.512, 3.83, 1.281, WEAK_ARM, **REACHER_GOAL),
-    "point-strong": Task("PointRobot-misc", 6, -5.375, -1.201, 2.495, STRONG_POINT, **POINT_GOAL),
-    "swimmer-strong": Task("Swimmer-misc", 10, 5.151, 8.548, 1.415, {"dt": 0.52}, **SWIMMER_GOAL),
-    "reacher-strong": Task("Reacher-misc", 10, 1.547, 7.746, 0.9942, STRONG_ARM, **REACHER_GOAL),
+# anew; then bodies that are held out, which it moves a third as far, and 3 times. It moves the
+# swimmer by the square of dt. gymnax moves a robot that is within goal_radius: here, never.
+POINT = {"dense_reward": True, "max_force": 0.2, "goal_radius": -1.0}
+ARM = {"dt": 0.3, "torque_scale": 2.0}
+point = partial(Task, "PointRobot-misc", 6, seen=slice(0, 2), same_start=True)
+swimmer = partial(Task, "Swimmer-misc", 10, seen=slice(10, 14), same_start=True)
+arm = partial(Task, "Reacher-misc", 10, seen=slice(0, 6), same_start=True)
+GOALS = {  # baseline_return, specialist_return, return_std, params, ranges
+    "point-goal": point(-5.375, -2.274, 2.115, POINT, {"max_force": (0.1, 0.4)}),
+    "swimmer-goal": swimmer(5.151, 8.152, 1.851, {"dt": 0.3}, {"dt": (0.212, 0.424)}),
+    "reacher-goal": arm(1.526, 6.45, 1.185, ARM, {"torque_scale": (1, 4)}),
+    "point-weak": point(-5.375, -4.188, 2.019, POINT | {"max_force": 0.067}),
+    "swimmer-weak": swimmer(5.151, 7.315, 2.069, {"dt": 0.173}),
+    "reacher-weak": arm(1.512, 3.83, 1.281, ARM | {"torque_scale": 0.667}),
+    "point-strong": point(-5.375, -1.201, 2.495, POINT | {"max_force": 0.6}),
+    "swimmer-strong": swimmer(5.151, 8.548, 1.415, {"dt": 0.52}),
+    "reacher-strong": arm(1.547, 7.746, 0.9942, ARM | {"torque_scale": 6.0}),
 }
 TASKS |= GOALS
 
@@ -417,7 +415,9 @@ class ProjectedTask:
         return Trial(obs_matrix, action_matrix, body)
 
     def agent_obs(self, obs, trial, action, reward, new_episode, new_trial):
-        """(n, O): projected observation, last action and reward (zero as a trial starts), flags."""
+        """(n, p + A + 3): projected observation, last action and reward (zero as a trial starts),
+        and two flags: an episode starts, a trial starts.
+        """
         projected = jnp.einsum("no,nop->np", jnp.arcsinh(obs), trial.obs_matrix)
         previous = jnp.concatenate([action, reward[:, None]], axis=1)
         previous = jnp.where(new_trial[:, None], 0.0, previous)
@@ -659,7 +659,7 @@ DECAYS = (0.9, 0.99)  # of the remembered sums, a step: they reach back 10 and 1
 
 
 def direction_and_size(x):
-    """x (..., d) over its root mean square (..., 1), and log(root mean square) / 3 + 1."""
+    """x (..., d) over its root mean square (..., 1), and log(root mean square) / 3 + 1: -2 to 2."""
     size = jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-8)  # at least 1e-4
     return x / size, jnp.log(size) / 3 + 1
 
@@ -718,7 +718,7 @@ class ActorCritic(nn.Module):
         outcome = jnp.concatenate([obs[..., :p], obs[..., p + A : p + A + 1]], axis=-1)
         outcome = jnp.concatenate([last[None], outcome])  # (T + 1, N, p + 1)
         new_episode = obs[..., -2] > 0.5  # between two episodes there is no change, but a jump
-        no_memory = jnp.full_like(reset, self.args.num_layers == 0)
+        no_memory = jnp.full_like(reset, self.args.num_layers == 0)  # nor any of what follows
         forget = (reset | new_episode | no_memory)[..., None]
         change = jnp.where(forget, 0.0, outcome[1:] - outcome[:-1])
         seen = [obs, *direction_and_size(change[..., :p]), *direction_and_size(change[..., p:])]
@@ -733,9 +733,8 @@ class ActorCritic(nn.Module):
         x = x.reshape(T * N, self.args.d_model)
 
         def head(size):
-            hidden = x
-            for _ in range(2):
-                hidden = nn.relu(dense(hidden, self.args.head_size))
+            hidden = nn.relu(dense(x, self.args.head_size))
+            hidden = nn.relu(dense(hidden, self.args.head_size))
             return dense(hidden, size, 0.01).reshape(T, N, size)
 
         # How much to explore depends on what the memory holds, so the deviation is an output too,
@@ -771,30 +770,25 @@ class TrainState(NamedTuple):
 
     params: dict
     opt_state: tuple
-    env_state: tuple
-    obs: jax.Array  # (N, O)
-    reset: jax.Array  # (N,)
-    carry: tuple  # the network's memory before it has seen obs
+    actor: tuple  # env_state, obs (N, O), reset (N,) and the memory before it has seen obs
     key: jax.Array
-    num_updates: jax.Array  # int32, updates done
 
 
-def gae(reward, value, done, last_value, gamma, gae_lambda):
-    """Generalised advantage estimates (Schulman et al. 2016), (T, N) as the first three are.
+def gae(batch, last_value, gamma, gae_lambda):
+    """Generalised advantage estimates (T, N) of a Transition (T, N) (Schulman et al. 2016).
 
     last_value (N,) is the value of the observation after the last step. `done` stops both the
     bootstrap and the trace. Where a time limit is no real end, its value is in reward already.
     """
 
-    def step(later, inputs):
+    def step(later, now):
         advantage, next_value = later
-        reward, value, done = inputs
-        delta = reward + gamma * jnp.where(done, 0.0, next_value) - value
-        advantage = delta + gamma * gae_lambda * jnp.where(done, 0.0, advantage)
-        return (advantage, value), advantage
+        delta = now.reward + gamma * jnp.where(now.done, 0.0, next_value) - now.value
+        advantage = delta + gamma * gae_lambda * jnp.where(now.done, 0.0, advantage)
+        return (advantage, now.value), advantage
 
     later = jnp.zeros_like(last_value), last_value
-    return jax.lax.scan(step, later, (reward, value, done), reverse=True)[1]
+    return jax.lax.scan(step, later, batch, reverse=True)[1]
 
 
 def gaussian(policy, action):
@@ -830,13 +824,6 @@ def ppo_loss(params, network, carry, batch, advantage, target, args):
     }
 
 
-def learning_rate_schedule(args):
-    """The step size as a function of the number of optimiser steps taken."""
-    steps = args.num_updates * args.update_epochs * args.num_minibatches
-    last = 0.0 if args.anneal_lr else args.learning_rate
-    return optax.linear_schedule(args.learning_rate, last, steps)
-
-
 def learn(params_and_opt_state, env_ids, carry, rollout, network, optimizer, args):
     """One gradient step on the environments env_ids (M,), over the whole length of the rollout.
 
@@ -860,7 +847,9 @@ def make_train(args, env):
     the environments and averages its gradients with the others'.
     """
     num_envs, K, network = args.num_envs // args.num_devices, len(env.names), ActorCritic(args)
-    adam = optax.adam(learning_rate_schedule(args), eps=1e-5)
+    steps = args.num_updates * args.update_epochs * args.num_minibatches
+    last = 0.0 if args.anneal_lr else args.learning_rate
+    adam = optax.adam(optax.linear_schedule(args.learning_rate, last, steps), eps=1e-5)
     optimizer = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adam)
 
     def init(key):
@@ -872,67 +861,63 @@ def make_train(args, env):
         return TrainState(
             params=params,
             opt_state=optimizer.init(params),
-            env_state=env_state,
-            obs=obs,
-            reset=reset,
-            carry=carry,
+            actor=(env_state, obs, reset, carry),
             key=key,
-            num_updates=jnp.zeros((), jnp.int32),
         )
 
-    def act(state, key):
-        """One step of the rollout; returns the next state, a Transition, and sums for metrics."""
+    def act(params, actor, key):
+        """One step of the rollout; returns the next actor, a Transition, and sums for metrics."""
+        env_state, obs, reset, carry = actor
         action_key, env_key = jax.random.split(key)
-        forward = partial(network.apply, state.params)
-        carry, (mean, log_std), value = forward(state.carry, state.obs[None], state.reset[None])
+        forward = partial(network.apply, params)
+        carry, (mean, log_std), value = forward(carry, obs[None], reset[None])
         action = mean + jnp.exp(log_std) * jax.random.normal(action_key, mean.shape)  # (1, N, A)
-        env_state, timestep = env.step(env_key, state.env_state, action[0])
+        env_state, timestep = env.step(env_key, env_state, action[0])
         # A termination ends the advantage, though the trial goes on: else falling were free.
         ends, reward = timestep.done, timestep.reward
         if args.credit == "trial":  # then a time limit ends it only together with the trial
             ends &= timestep.reset | ~timestep.truncated
         if args.bootstrap_truncated:
             # The episode would have gone on: add what it was still worth, with the memory it had.
-            final_obs, no_reset = timestep.final_obs[None], jnp.zeros_like(state.reset)[None]
+            final_obs, no_reset = timestep.final_obs[None], jnp.zeros_like(reset)[None]
             final_value = forward(carry, final_obs, no_reset)[2][0]
             reward += args.gamma * jnp.where(ends & timestep.truncated, final_value, 0.0)
         transition = Transition(
-            obs=state.obs,
-            reset=state.reset,
+            obs=obs,
+            reset=reset,
             action=action[0],
             log_prob=gaussian((mean, log_std), action)[0][0],
             value=value[0],
             reward=reward,
             done=ends,
         )
-        obs, reset, done = timestep.obs, timestep.reset, timestep.done
-        state = state._replace(env_state=env_state, obs=obs, reset=reset, carry=carry)
+        actor, done = (env_state, timestep.obs, timestep.reset, carry), timestep.done
         sums = jnp.stack([done, done * timestep.episode_return, timestep.failed])  # (3, N)
-        return state, (transition, sums.reshape(3, K, -1).sum(2))  # of each of the K tasks
+        return actor, (transition, sums.reshape(3, K, -1).sum(2))  # of each of the K tasks
 
     def update(state, _):
         """One rollout, and update_epochs passes over it."""
         key, device_key = jax.random.split(state.key)
         device_key = jax.random.fold_in(device_key, jax.lax.axis_index("devices"))
         act_key, redraw_key, *epoch_keys = jax.random.split(device_key, 2 + args.update_epochs)
-        state = state._replace(env_state=env.redraw(redraw_key, state.env_state))
-        carry = state.carry  # as acting left it; every pass over the rollout starts there
-        keys = jax.random.split(act_key, args.num_steps)
-        state, (batch, sums) = jax.lax.scan(act, state, keys)
-        now = state.params, state.carry, state.obs[None], state.reset[None]
-        last_value = network.apply(*now)[2][0]
-        gammas = args.gamma, args.gae_lambda
-        advantage = gae(batch.reward, batch.value, batch.done, last_value, *gammas)
+        act_keys = jax.random.split(act_key, args.num_steps)
+        env_state, *rest = state.actor
+        actor = env.redraw(redraw_key, env_state), *rest
+        actor, (batch, sums) = jax.lax.scan(partial(act, state.params), actor, act_keys)
+        _, obs, reset, carry = actor
+        last_value = network.apply(state.params, carry, obs[None], reset[None])[2][0]
+        advantage = gae(batch, last_value, args.gamma, args.gae_lambda)
         target = advantage + batch.value
+
         order = jnp.concatenate([jax.random.permutation(k, num_envs) for k in epoch_keys])
         order = order.reshape(args.update_epochs * args.num_minibatches, -1)  # (gradient steps, M)
+        start = state.actor[-1]  # the memory before the rollout; every pass over it starts there
         fixed = {"network": network, "optimizer": optimizer, "args": args}
-        step = partial(learn, carry=carry, rollout=(batch, advantage, target), **fixed)
+        step = partial(learn, carry=start, rollout=(batch, advantage, target), **fixed)
         (params, opt_state), losses = jax.lax.scan(step, (state.params, state.opt_state), order)
-        unexplained = (target - batch.value).var() / (target.var() + 1e-8)
-        losses["losses/explained_variance"] = 1 - unexplained
-        state = state._replace(params=params, opt_state=opt_state, key=key)
-        return state._replace(num_updates=state.num_updates + 1), (losses, sums.sum(0))
+        losses["losses/explained_variance"] = 1 - advantage.var() / (target.var() + 1e-8)
+        state = state._replace(params=params, opt_state=opt_state, actor=actor, key=key)
+        return state, (losses, sums.sum(0))
 
     def train(state):
         """log_interval updates. Losses are means over them, returns over episodes that ended."""
@@ -946,9 +931,8 @@ def make_train(args, env):
         metrics["charts/score"] = jnp.nanmean(jnp.stack(scores))
         return state, metrics
 
-    split, copied = jax.P("devices"), jax.P()  # each device has its share, or the same
-    of_envs = ("env_state", "obs", "reset", "carry")
-    specs = TrainState(*(split if name in of_envs else copied for name in TrainState._fields))
+    copied, split = jax.P(), jax.P("devices")
+    specs = TrainState(params=copied, opt_state=copied, actor=split, key=copied)
     spmd = partial(jax.shard_map, mesh=jax.make_mesh((args.num_devices,), ("devices",)))
     spmd = partial(spmd, out_specs=specs, check_vma=False)
     return spmd(init, in_specs=copied), spmd(train, in_specs=(specs,), out_specs=(specs, copied))
@@ -984,17 +968,10 @@ def run_trials(params, key, wipe_episode, wipe_step, args, env):
         env_state, now = env.step(env_key, env_state, action[0])
         return (env_state, now.obs, now.reset, now.done, carry), (now.raw_reward, now.done)
 
-    def rollout(state, key):
-        redraw_key, key = jax.random.split(key)
-        env_state, *rest = state
-        state = env.redraw(redraw_key, env_state), *rest  # as often as in training
-        return jax.lax.scan(step, state, jax.random.split(key, args.num_steps))
-
     env_state, obs = env.reset(reset_key, num_envs)
     true, carry = jnp.ones(num_envs, bool), network.initial_carry(num_envs)
-    rollouts = jax.random.split(key, -(-num_steps // args.num_steps))
-    _, outcome = jax.lax.scan(rollout, (env_state, obs, true, true, carry), rollouts)
-    return jax.tree.map(lambda x: jnp.concatenate(x)[:num_steps], outcome)
+    start = env_state, obs, true, true, carry
+    return jax.lax.scan(step, start, jax.random.split(key, num_steps))[1]
 
 
 def score_table(rewards, dones, names, args):
@@ -1096,9 +1073,7 @@ def write(path, content: bytes):
 def write_config(run_dir, args, flags):
     here = Path(__file__).resolve().parent
     config = {"args": asdict(args), "flags": flags, "device": jax.devices()[0].device_kind}
-    packages = ["jax", "flax", "optax", "gymnax", "brax"]
-    packages += ["playground", "mujoco-mjx"] * ("mujoco_playground" in sys.modules)
-    config["versions"] = {name: version(name) for name in packages}
+    config["versions"] = {package.name: package.version for package in distributions()}
     config["git_commit"] = subprocess.getoutput(f'git -C "{here}" rev-parse HEAD 2>/dev/null')
     write(run_dir / "config.json", json.dumps(config, indent=2, default=str).encode())
 
@@ -1165,7 +1140,8 @@ def main():
     with refuse(run_dir, OSError):
         run_dir.mkdir(parents=True, exist_ok=True)
         write_config(run_dir, args, flags)
-    update, total = int(state.num_updates[0]), args.num_updates * args.batch_size
+    step, total = rows[-1]["global_step"] if rows else 0, args.num_updates * args.batch_size
+    steps_a_call = args.log_interval * args.batch_size
     size = sum(x[0].size for x in jax.tree.leaves(state.params))
     print(f"{run_dir}: {size:,} parameters, {total:,} steps, {jax.devices()[0].device_kind}")
 
@@ -1178,25 +1154,24 @@ def main():
     for number in stopping:
         signal.signal(number, lambda number, _: stopped_by.append(signal.Signals(number).name))
     try:
-        bar = tqdm(total=total, initial=update * args.batch_size, unit="step", unit_scale=True)
-        while update < args.num_updates and not stopped_by:
+        bar = tqdm(total=total, initial=step, unit="step", unit_scale=True)
+        while step < total and not stopped_by:
             call_start = time.time()
             state, metrics = train(state)
             metrics = jax.device_get(metrics)  # waits for the device
             if not np.isfinite(metrics["losses/grad_norm"]).all():
                 bar.close()
                 how = f"a smaller --learning-rate, anew or with --resume {run_dir}"
-                sys.exit(f"error: the gradient was not finite after update {update}; try {how}")
-            update, steps = update + args.log_interval, args.log_interval * args.batch_size
-            metrics["charts/SPS"] = steps / (time.time() - call_start)
-            now = update * args.batch_size
-            new = pd.DataFrame({"global_step": now, "seed": seeds} | metrics).to_dict("records")
+                sys.exit(f"error: the gradient was not finite after step {step:,}; try {how}")
+            step += steps_a_call
+            metrics["charts/SPS"] = steps_a_call / (time.time() - call_start)
+            new = pd.DataFrame({"global_step": step, "seed": seeds} | metrics).to_dict("records")
             rows += new
             if args.track:
                 sent = {f"seed_{row['seed']}/{name}": row[name] for row in new for name in metrics}
-                wandb.log(sent, step=now)
+                wandb.log(sent, step=step)
             bar.set_postfix_str(f"score {metrics['charts/score'].mean():.2f}")
-            bar.update(steps)
+            bar.update(steps_a_call)
             if time.time() - last_save > args.checkpoint_interval:
                 save(run_dir, state, rows)
                 last_save = time.time()

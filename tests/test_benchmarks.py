@@ -497,7 +497,7 @@ def test_a_composed_script_has_the_model_and_the_task_and_acts_as_it_learns(tmp_
     state = jax.jit(init)(jax.random.PRNGKey(0))
     assert len(jax.tree.leaves(state.params)) > 10
     state, metrics = jax.jit(train)(state)
-    assert abs(float(metrics["losses/approx_kl"])) < 1e-6 and int(state.num_updates) == 2
+    assert abs(float(metrics["losses/approx_kl"])) < 1e-6
 
 
 def test_composing_a_script_with_its_own_model_changes_nothing():

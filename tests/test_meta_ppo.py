@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy import stats
 
@@ -24,7 +25,6 @@ from s5_ppo_meta import (
     Transition,
     gaussian,
     inner_products,
-    learning_rate_schedule,
     make_train,
     ppo_loss,
     report,
@@ -103,7 +103,7 @@ def play_rollouts(**flags):
         for one, other in zip(learnt[::2], learnt[1::2], strict=True):  # an epoch's minibatches
             carry = jax.tree.map(lambda x, y: np.concatenate([x, y]), one[0], other[0])
             rest = jax.tree.map(lambda x, y: np.concatenate([x, y], axis=1), one[1:], other[1:])
-            same = (rest[0].obs[0][None] == np.asarray(before.obs)[:, None]).all(2)
+            same = (rest[0].obs[0][None] == np.asarray(before.actor[1])[:, None]).all(2)
             order = [int(np.flatnonzero(row)[0]) for row in same]
             assert sorted(order) == list(range(N))  # every environment once
             batch, advantage, target = columns(rest, order, 1)
@@ -111,7 +111,7 @@ def play_rollouts(**flags):
             epochs.append(SimpleNamespace(carry=carry, batch=batch))
             epochs[-1].advantage, epochs[-1].target = advantage, target
         # Callbacks come in no certain order: a step is known by the observation that it gave.
-        following = [*epochs[0].batch.obs[1:], np.asarray(after.obs)]
+        following = [*epochs[0].batch.obs[1:], np.asarray(after.actor[1])]
         times = [next(now for (now,) in stepped if np.array_equal(now.obs, x)) for x in following]
         now = jax.tree.map(lambda *x: np.stack(x), *times)
         learnt.clear()
@@ -129,11 +129,11 @@ def play_rollouts(**flags):
     for _ in range(3):
         result.append(rollout(state))
         state = result[-1].after
-    first, second = result[1].before.env_state
+    (first, second), *rest = result[1].before.actor
     inner = jax.tree.map(np.array, first.inner)
     inner.theta_dot[0] = np.nan
     inner = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), inner, first.inner)
-    failing = result[1].before._replace(env_state=(first._replace(inner=inner), second))
+    failing = result[1].before._replace(actor=((first._replace(inner=inner), second), *rest))
     return SimpleNamespace(good=result, failed=rollout(failing))
 
 
@@ -160,7 +160,7 @@ def test_before_a_gradient_step_the_learner_computes_what_the_actor_did(rollouts
         assert len(r.epochs) == 2
         for epoch in r.epochs:
             batch = epoch.batch
-            jax.tree.map(np.testing.assert_array_equal, epoch.carry, r.before.carry)
+            jax.tree.map(np.testing.assert_array_equal, epoch.carry, r.before.actor[3])
             inputs = r.before.params, epoch.carry, batch.obs, batch.reset
             _, (mean, log_std), value = apply(*inputs)
             ratio = np.exp(gaussian((mean, log_std), batch.action)[0] - batch.log_prob)
@@ -185,9 +185,9 @@ def test_before_a_gradient_step_the_learner_computes_what_the_actor_did(rollouts
 def test_rollouts_go_on_where_the_last_one_stopped_with_new_starts(rollouts):
     for one, following in pairwise(rollouts.good):
         batch = following.epochs[0].batch
-        np.testing.assert_array_equal(one.after.obs, batch.obs[0])
-        np.testing.assert_array_equal(one.after.reset, batch.reset[0])
-        starts = [r.after.env_state[0].starts[1] for r in (one, following)]
+        np.testing.assert_array_equal(one.after.actor[1], batch.obs[0])
+        np.testing.assert_array_equal(one.after.actor[2], batch.reset[0])
+        starts = [r.after.actor[0][0].starts[1] for r in (one, following)]
         assert not np.isin(*starts).any()
 
 
@@ -197,7 +197,7 @@ def test_episodes_end_by_a_fall_or_a_limit_and_only_a_trials_last_resets_the_mem
 ):  # fmt: skip
     batch, now = joined(rollouts)
     fallen = now.done & ~now.truncated
-    first = rollouts.good[0].before.env_state
+    first = rollouts.good[0].before.actor[0]
     before = np.concatenate([state.trial_episodes for state in first])
     played = np.concatenate([state.episode_length for state in first])
     step = np.arange(3 * T)[:, None]
@@ -222,7 +222,7 @@ def test_a_fall_costs_the_future_and_a_limit_adds_its_value_in_the_memory_of_bef
     args, by_memory = Args(**TINY), 0.0
     for r in play_rollouts(credit=credit, bootstrap_truncated=adds > 0).good:
         epoch, batch, now, params = r.epochs[0], r.epochs[0].batch, r.now, r.before.params
-        carry, (value, reward) = r.before.carry, np.zeros((2, T, N))
+        carry, (value, reward) = r.before.actor[3], np.zeros((2, T, N))
         within = now.truncated & ~now.reset  # limits after which the trial goes on
         assert within.any() and (now.truncated & now.reset).any()
         cut = now.done & ~within if credit == "trial" else now.done
@@ -238,7 +238,8 @@ def test_a_fall_costs_the_future_and_a_limit_adds_its_value_in_the_memory_of_bef
             reward[t] = now.reward[t] + args.gamma * cut_off
             by_memory = max(by_memory, np.abs(now.reset[t] * (final_value - forgetful)).max())
         np.testing.assert_allclose(batch.reward, reward, atol=1e-4)
-        _, _, following = apply(params, carry, r.after.obs[None], r.after.reset[None])
+        _, obs, reset, _ = r.after.actor
+        _, _, following = apply(params, carry, obs[None], reset[None])
         advantage, next_value, later = np.zeros((T, N)), following[0], np.zeros(N)
         for t in reversed(range(T)):
             delta = reward[t] + args.gamma * ~cut[t] * next_value - value[t]
@@ -277,14 +278,15 @@ def test_two_devices_have_environments_of_their_own_and_one_set_of_parameters():
     (size,) = (x.aval.size for x in sums[0].invars)
     assert size == sum(x.size for x in jax.tree.leaves(state.params))  # the whole gradient
     train = traced.lower().compile()
-    assert len(np.unique(state.obs, axis=0)) == 2 * N
+    assert len(np.unique(state.actor[1], axis=0)) == 2 * N
     for _ in range(2):
         before, (state, metrics) = state, train(state)
-        fields = ["params", "opt_state", "key", "num_updates"]
+        fields = ["params", "opt_state", "key"]
         for x in jax.tree.leaves([getattr(state, name) for name in fields]):
             one, other = (np.asarray(shard.data) for shard in x.addressable_shards)
             np.testing.assert_array_equal(one, other)
-        for x in (state.obs, state.env_state[0].trial.obs_matrix, state.carry[-1][0]):
+        env_state, obs, _, carry = state.actor
+        for x in (obs, env_state[0].trial.obs_matrix, carry[-1][0]):
             assert len(np.unique(np.asarray(x).reshape(2 * N, -1), axis=0)) == 2 * N
         moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), before.params, state.params)
         assert max(jax.tree.leaves(moved)) > 1e-3
@@ -488,12 +490,15 @@ def test_loss_is_the_clipped_objective_and_the_squared_error_of_the_value():
     assert float(loss) == pytest.approx(total + 5, rel=1e-4)
 
 
-def test_the_step_size_falls_to_zero_over_the_run_if_asked():
+def test_the_step_size_falls_to_zero_over_the_run_if_asked(monkeypatch):
     flags = TINY | {"learning_rate": 0.1, "total_timesteps": 10 * N * T}  # 40 gradient steps
-    falling, constant = (
-        learning_rate_schedule(Args(**flags, anneal_lr=anneal)) for anneal in (True, False)
+    schedules, linear, env = [], optax.linear_schedule, Environment(NAMES, Args(**flags))
+    monkeypatch.setattr(
+        optax, "linear_schedule", lambda *x: schedules.append(linear(*x)) or schedules[-1]
     )
-    steps = (0, 10, 40)
+    for anneal in (True, False):
+        make_train(Args(**flags, anneal_lr=anneal), env)
+    (falling, constant), steps = schedules, (0, 10, 40)
     assert [float(falling(i)) for i in steps] == pytest.approx([0.1, 0.075, 0])
     assert [float(constant(i)) for i in steps] == pytest.approx([0.1] * 3)
 
@@ -558,8 +563,8 @@ def test_an_evaluation_has_the_same_trials_whatever_the_memory_and_shows_a_wiped
         for matrix in (trial.obs_matrix, trial.action_matrix):
             np.testing.assert_array_equal(matrix, np.broadcast_to(matrix[0], matrix.shape))
             assert len(np.unique(matrix[0].reshape(3, -1), axis=0)) == 3
-        # Episodes start anew, also within what is one rollout in training.
-        assert len(np.unique(theta[ended].round(3))) > 3
+        first, later = theta[0], theta[1:][ended[1:]]  # an episode starts as one of the first did
+        assert len({*first}) == 3 and {*later} <= {*first} and len({*later}) > 1
         all_seen.append(obs[..., :O])
         all_rewards.append(np.asarray(rewards))
         all_states.append((trial, theta))

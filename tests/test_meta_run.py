@@ -159,7 +159,7 @@ def test_a_resumed_run_passes_physics_that_fails(tmp_path, killed, monkeypatch):
     def load(*inputs):
         state, saved_rows = load_checkpoint(*inputs)
         bad = jax.tree.map(np.array, state)
-        brax, gymnax = (env_state.inner for env_state in bad.env_state)
+        brax, gymnax = (env_state.inner for env_state in bad.actor[0])
         brax.pipeline_state.qd[0, 1] = np.nan
         gymnax.theta[0, 0] = np.inf
         return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), bad, state), saved_rows
@@ -211,7 +211,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_keeps_the_last_good_chec
     path = shutil.copytree(killed, tmp_path / "run")
     before = rows(path)
     code, _, err = run(tmp_path, "--resume run --learning-rate 1e30")
-    assert code == 1 and "error: the gradient was not finite after update" in err, err
+    assert code == 1 and "error: the gradient was not finite after step" in err, err
     assert "--learning-rate" in err
     table = rows(path)
     assert table[: len(before)] == before

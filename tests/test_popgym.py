@@ -179,6 +179,28 @@ def test_the_answers_of_repeat_previous_are_what_came_k_minus_1_steps_before():
     assert len(np.unique(suits.T, axis=0)) == n
 
 
+def test_what_came_before_is_still_known_at_the_longest_delay_that_is_asked():
+    args = s5_ppo_memory.Args(env_id="RepeatPrevious", memory_length=256)
+    env, n, k = s5_ppo_memory.Environment(args), 2, 8 * 256
+    cards = 52 * (k // 32 + 1)
+
+    def step(loop, inputs):
+        (state, suits), (t, key) = loop, inputs
+        state, now = env.step(key, state, suits[jnp.maximum(0, t - (k - 1))])
+        return (state, suits.at[t + 1].set(now.final_obs[:, :4].argmax(1))), now
+
+    @jax.jit
+    def run():
+        state, obs = env.reset(KEY, n, k)
+        suits = jnp.zeros((cards, n), jnp.int32).at[0].set(obs[:, :4].argmax(1))
+        inputs = jnp.arange(cards - 1), jax.random.split(KEY, cards - 1)
+        return jax.lax.scan(step, (state, suits), inputs)[1]
+
+    now = run()
+    assert now.done[-1].all() and not now.done[:-1].any()
+    np.testing.assert_allclose(now.episode_return[-1], 1, rtol=1e-3)
+
+
 def test_a_spread_of_delays_has_an_episode_of_each():
     args = s5_ppo_memory.Args(env_id="RepeatPrevious", memory_length=40, min_memory_length=1)
     delays = set()

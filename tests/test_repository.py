@@ -25,11 +25,9 @@ TASK = {
     "Timestep": "a trial's rewards come scaled and raw",
     "ActorCritic": "discrete actions, or continuous ones and the last change",
     "Transition": "as ActorCritic",
-    "TrainState": "whose memory it is",
     "ppo_loss": "as ActorCritic",
     "make_train": "metrics of each task",
     "report": "greedy episodes, or trials with three kinds of memory",
-    "write_config": "the version of brax",
     "main": "two environments, to train and to evaluate on",
 }
 
@@ -119,7 +117,7 @@ def test_no_line_is_over_100_columns_and_no_function_over_100_lines(name):
 
 @pytest.mark.xfail(
     strict=False,
-    reason="for now: s5_ppo_memory 794, lstm_ppo 720, transformer_ppo 787, s5_ppo_meta 1217 lines",
+    reason="for now: s5_ppo_memory 784, lstm_ppo 710, transformer_ppo 777, s5_ppo_meta 1192 lines",
 )
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_is_short_enough_to_be_read(name):

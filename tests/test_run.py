@@ -302,22 +302,23 @@ def test_after_a_kill_both_checkpoints_lead_to_the_run_that_was_not_killed(tmp_p
     assert results(copy) == results(whole[0])
 
 
-def test_any_flag_may_be_replaced_also_the_number_of_devices(tmp_path):
+def test_any_flag_may_be_replaced_also_the_numbers_of_devices_and_of_steps(tmp_path):
     stop = {1: interrupt}
     assert run(tmp_path, f"{S5} --num-devices 2", after=stop).code == 1
     path = run_dir(tmp_path)
-    assert run(tmp_path, f"--resume {path} --num-devices 1", after=stop).code == 1
+    longer = f"--resume {path} --num-devices 1 --num-steps 16"  # of a rollout: twice as long
+    assert run(tmp_path, longer, after=stop).code == 1
     flags = "--num-devices 2 --total-timesteps 200 --eval-episodes 3"
     ended = run(tmp_path, f"--resume {path} {flags} --env-params max_steps_in_episode 100")
     assert ended.code == 0, ended.err
     steps = [int(row["global_step"]) for row in csv_rows(path)[::2]]
-    assert steps == [STEPS, 2 * STEPS, 3 * STEPS, 4 * STEPS]  # 200, rounded up
+    assert steps == [STEPS, 3 * STEPS, 5 * STEPS]  # 200 or more
     args = json.loads((path / "config.json").read_text())["args"]
     assert [args[name] for name in ("num_devices", "total_timesteps", "seed")] == [2, 200, 5]
     before = results(path)
     ended = run(tmp_path, f"--resume {path} --total-timesteps 640 --learning-rate 1e30")
     assert ended.code == 1 and results(path) == before  # nothing of it is logged or saved
-    assert "error: the gradient was not finite after update 8" in ended.err
+    assert f"error: the gradient was not finite after step {5 * STEPS}" in ended.err
     assert "--learning-rate" in ended.err
 
 
