@@ -23,9 +23,9 @@ class DMState(NamedTuple):
     done: jax.Array  # 0: no task here ends by itself
 
 
-# Playground's names of the bodies of tasks that it has not.
-BODIES = {"PointMassHard": "PointMass", "PointMassWide": "PointMass"}
-BODIES |= {"CartpoleAnywhere": "CartpoleSwingup"}
+# Playground's names, where they are others. It has no PointMassHard and neither task of ours.
+BODIES = dict.fromkeys(("PointMassEasy", "PointMassHard", "PointMassWide"), "PointMass")
+BODIES |= {"BallInCupCatch": "BallInCup", "CartpoleAnywhere": "CartpoleSwingup"}
 
 # Steps of dm_control that an action lasts. There are 50 or 100 of them a second: what an action
 # changes in a single one hardly shows, and a second would be far in the future.
@@ -34,7 +34,7 @@ ACTION_REPEAT = 4
 # Low and high of the positions that an episode starts from; of other tasks, the joints' limits.
 # Anywhere leaves out what is near upright, since CartpoleBalance is to be held out.
 START_RANGES = {
-    "BallInCup": ((0.0, 0.0, -0.2, 0.2), (0.0, 0.0, 0.2, 0.5)),
+    "BallInCupCatch": ((0.0, 0.0, -0.2, 0.2), (0.0, 0.0, 0.2, 0.5)),
     "CartpoleAnywhere": ((-1.0, 0.5), (1.0, 2 * np.pi - 0.5)),
     "CartpoleBalance": ((-0.1, -0.034), (0.1, 0.034)),
     "CartpoleSwingup": ((0.0, np.pi), (0.0, np.pi)),

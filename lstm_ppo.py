@@ -60,7 +60,7 @@ class Args:
     tf32: bool = False  # let NVIDIA GPUs use TF32; acting and learning then differ by about 1e-3
 
     # ---- task
-    env_id: str = "MemoryChain-bsuite"  # gymnax's, flat Box to Discrete, or else RepeatPrevious
+    env_id: str = "MemoryChain-bsuite"  # gymnax's, with Discrete actions, or else RepeatPrevious
     memory_length: int = 128  # longest memory trained: the step, from 0, that asks for the cue
     min_memory_length: int = 4  # shortest; every episode draws its own, between the two
     observe_action: bool = False  # show the last action: in MemoryChain it can carry the cue on
@@ -520,7 +520,7 @@ def make_train(args, env):
     copied, split = jax.P(), jax.P("devices")
     specs = TrainState(params=copied, opt_state=copied, actor=split, key=copied)
     spmd = partial(jax.shard_map, mesh=jax.make_mesh((args.num_devices,), ("devices",)))
-    spmd = partial(spmd, out_specs=specs, check_vma=False)
+    spmd = partial(spmd, out_specs=specs, check_vma=False)  # JAX cannot see that copies agree
     return spmd(init, in_specs=copied), spmd(train, in_specs=(specs,), out_specs=(specs, copied))
 
 
@@ -552,7 +552,7 @@ def report(run_dir, state, keys, timing, args, env):
     """Writes and prints mean returns, of all seeds, also at lengths not trained on: eval.json."""
     of_seeds = jax.jit(jax.vmap(partial(evaluate, args=args, env=env), (0, 0, None)))
     factors = (0.5, 1, 2, 4, 8) if env.has_memory_length else ()
-    lengths = [max(1, int(args.memory_length * factor)) for factor in factors] or [0]
+    lengths = [max(1, int(args.memory_length * factor)) for factor in factors] or [0]  # 0: none
     means = {length: of_seeds(state.params, keys, length).mean(1).tolist() for length in lengths}
     write(run_dir / "eval.json", json.dumps({"mean_return": means} | timing, indent=2).encode())
     print("mean return of greedy episodes" + ", by memory length" * env.has_memory_length)
@@ -638,7 +638,8 @@ def main():
     args, flags = parse_flags()
     jax.config.update("jax_enable_x64", False)
     jax.config.update("jax_default_matmul_precision", "default" if args.tf32 else "highest")
-    with refuse("--env-id, --env-params, --seen or --num-devices"):
+    bad_flags = ValueError, AttributeError, IndexError  # of anything else, the traceback
+    with refuse("--env-id, --env-params, --seen or --num-devices", bad_flags):
         env = Environment(args)
         init, train = make_train(args, env)
     name = f"{Path(__file__).stem}__{args.env_id}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"

@@ -70,7 +70,7 @@ class Args:
     tf32: bool = False  # let NVIDIA GPUs use TF32; acting and learning then differ by about 1e-3
 
     # ---- task
-    env_id: str = "MemoryChain-bsuite"  # gymnax's, flat Box to Discrete, or else RepeatPrevious
+    env_id: str = "MemoryChain-bsuite"  # gymnax's, with Discrete actions, or else RepeatPrevious
     memory_length: int = 128  # longest memory trained: the step, from 0, that asks for the cue
     min_memory_length: int = 4  # shortest; every episode draws its own, between the two
     observe_action: bool = False  # show the last action: in MemoryChain it can carry the cue on
@@ -87,8 +87,8 @@ class Args:
     dt_max: float = 0.1  # largest initial time step
     frequency_scale: float = 0.0  # times HiPPO's frequencies; 0: states decay, but do not turn
     layer_norm: bool = False  # normalise what each block sees
-    state_coef: float = 0.3  # weight of the states' mean square in the loss
-    sparsity_coef: float = 0.03  # weight of how evenly over time the states are fed
+    state_coef: float = 0.3  # weight of the penalty on the states' mean square
+    sparsity_coef: float = 0.03  # weight of a penalty on states that are fed evenly over time
     zoh: bool = False  # scale the input by zero-order hold, as the paper does, not to unit variance
 
     # ---- actor and critic
@@ -305,7 +305,7 @@ def s5_scan(a_bar, bu, reset, state):
     def compose(earlier, later):  # two affine maps x -> a x + b, one after the other
         return earlier[0] * later[0], later[0] * earlier[1] + later[1]
 
-    a = jnp.where(reset[..., None], 0.0, a_bar)  # (T, N, P)
+    a = jnp.where(reset[..., None], 0.0, a_bar)  # (T, N, P); the state enters with the first input
     return jax.lax.associative_scan(compose, (a, bu.at[0].add(a[0] * state)))[1]
 
 
@@ -384,7 +384,7 @@ class SequenceModel(nn.Module):
     def __call__(self, carry, x, reset):
         T, N, D = x.shape
         next_carry = []
-        for state in carry:  # one a block
+        for state in carry:  # one a block, of which there are num_layers
             u = nn.LayerNorm()(x) if self.args.layer_norm else x
             state, y = S5(self.args)(state, u, reset)
             y = nn.gelu(y).reshape(T * N, D)
@@ -594,7 +594,7 @@ def make_train(args, env):
     copied, split = jax.P(), jax.P("devices")
     specs = TrainState(params=copied, opt_state=copied, actor=split, key=copied)
     spmd = partial(jax.shard_map, mesh=jax.make_mesh((args.num_devices,), ("devices",)))
-    spmd = partial(spmd, out_specs=specs, check_vma=False)
+    spmd = partial(spmd, out_specs=specs, check_vma=False)  # JAX cannot see that copies agree
     return spmd(init, in_specs=copied), spmd(train, in_specs=(specs,), out_specs=(specs, copied))
 
 
@@ -626,7 +626,7 @@ def report(run_dir, state, keys, timing, args, env):
     """Writes and prints mean returns, of all seeds, also at lengths not trained on: eval.json."""
     of_seeds = jax.jit(jax.vmap(partial(evaluate, args=args, env=env), (0, 0, None)))
     factors = (0.5, 1, 2, 4, 8) if env.has_memory_length else ()
-    lengths = [max(1, int(args.memory_length * factor)) for factor in factors] or [0]
+    lengths = [max(1, int(args.memory_length * factor)) for factor in factors] or [0]  # 0: none
     means = {length: of_seeds(state.params, keys, length).mean(1).tolist() for length in lengths}
     write(run_dir / "eval.json", json.dumps({"mean_return": means} | timing, indent=2).encode())
     print("mean return of greedy episodes" + ", by memory length" * env.has_memory_length)
@@ -712,7 +712,8 @@ def main():
     args, flags = parse_flags()
     jax.config.update("jax_enable_x64", False)
     jax.config.update("jax_default_matmul_precision", "default" if args.tf32 else "highest")
-    with refuse("--env-id, --env-params, --seen or --num-devices"):
+    bad_flags = ValueError, AttributeError, IndexError  # of anything else, the traceback
+    with refuse("--env-id, --env-params, --seen or --num-devices", bad_flags):
         env = Environment(args)
         init, train = make_train(args, env)
     name = f"{Path(__file__).stem}__{args.env_id}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"

@@ -60,26 +60,23 @@ from tqdm import tqdm
 class Task(NamedTuple):
     """One environment, and what its returns are worth."""
 
-    env_id: str  # of gymnax, of DMC below, or else of brax
+    env_id: str  # of gymnax, of dmcontrol.py, or else of brax
     episode_length: int  # time limit, in steps
     baseline_return: float  # scores 0: the better of random actions and none at all
     specialist_return: float  # scores 1: this script on this task alone, or a rule that sees all
     return_std: float  # of random actions' discounted returns, about; it divides the rewards
-    # ---- the next five are for gymnax only
+    # ---- the rest is for gymnax only
     params: dict = {}  # noqa: RUF012 EnvParams that differ from the library's
     ranges: dict = {}  # noqa: RUF012 (low, high) of EnvParams that are drawn for each trial
     seen: slice = slice(None)  # entries of the observation that the agent sees
     noise_std: float = 0.0  # of noise on the observation, which is then clipped to its space
-    reward_scale: float = 1.0  # multiplies the library's rewards
     same_start: bool = False  # episodes of a trial start alike: a hidden goal stays where it is
 
-
-POSITIONS = {"seen": slice(0, 3, 2), "reward_scale": 1 / 200}  # no velocities
 
 # benchmarks/reference_scores.py measures the last three numbers. In mountain-car the specialist is
 # no better than doing nothing, so that its return is the one that gym calls solved.
 TASKS = {  # env_id, episode_length, baseline_return, specialist_return, return_std, params, ranges
-    "cartpole-positions": Task("CartPole-v1", 200, 0.109, 0.999, 0.0461, **POSITIONS),
+    "cartpole-positions": Task("CartPole-v1", 200, 21.8, 199.8, 9.22, seen=slice(0, 3, 2)),
     "cartpole": Task("CartPole-v1", 200, 21.8, 200.0, 9.22),
     "pendulum": Task("Pendulum-v1", 200, -1147.0, -160.0, 170.0),
     "pendulum-heavy": Task("Pendulum-v1", 200, -1280.0, -179.0, 172.0, {"m": 1.5, "l": 0.8}),
@@ -122,27 +119,19 @@ POPGYM = {
 }
 TASKS |= POPGYM
 
-# DMControl's tasks (Tassa et al. 2018), with MuJoCo Playground's names of them. Playground has no
-# PointMassHard and neither of ours: dmcontrol.py makes them of what it has.
-DMC = {  # the paper's six training tasks, its five held-out ones, and two of ours to train on
-    "ball-in-cup-catch": "BallInCup",
-    "cartpole-swingup": "CartpoleSwingup",
-    "finger-spin": "FingerSpin",
-    "finger-turn-hard": "FingerTurnHard",
-    "point-mass-easy": "PointMass",
-    "reacher-easy": "ReacherEasy",
-    "cartpole-balance": "CartpoleBalance",
-    "finger-turn-easy": "FingerTurnEasy",
-    "pendulum-swingup": "PendulumSwingup",
-    "point-mass-hard": "PointMassHard",
-    "reacher-hard": "ReacherHard",
-    "point-mass-wide": "PointMassWide",  # it also pays to be near
-    "cartpole-anywhere": "CartpoleAnywhere",  # swing-up from any angle but upright
-}
-# An episode is 250 actions of four steps each. Scores are returns / 1000, as others give them.
+# DMControl's tasks (Tassa et al. 2018), from dmcontrol.py. Scores are returns / 1000, as usual.
 # Rewards are from 0 to 1 a step and often rare: random actions' returns hardly spread, and rewards
 # divided by that spread would be huge.
-TASKS |= {name: Task(env_id, 250, 0.0, 1000.0, 10.0) for name, env_id in DMC.items()}
+PAPER_TRAIN = ("ball-in-cup-catch", "cartpole-swingup", "finger-spin", "finger-turn-hard")
+PAPER_TRAIN += ("point-mass-easy", "reacher-easy")
+PAPER_HELD_OUT = ("cartpole-balance", "finger-turn-easy", "pendulum-swingup", "point-mass-hard")
+PAPER_HELD_OUT += ("reacher-hard",)
+OURS = ("point-mass-wide", "cartpole-anywhere")  # being near pays too; any start but upright
+DMC = {  # 250 actions of four steps each; the env_id of reacher-easy is ReacherEasy
+    name: Task(name.title().replace("-", ""), 250, 0.0, 1000.0, 10.0)
+    for name in PAPER_TRAIN + PAPER_HELD_OUT + OURS
+}
+TASKS |= DMC
 
 
 def score(returns, name):
@@ -175,9 +164,9 @@ SUITES = {
         ("pendulum", "point-robot", "cartpole", "inverted-pendulum", "reacher"),
         ("gymnax-reacher", "inverted-double-pendulum", "pendulum-heavy", "mountain-car"),
     ),
-    "dmc": Suite(tuple(DMC)[:6], tuple(DMC)[6:11], trial_length=1),  # the paper's, without ours
+    "dmc": Suite(PAPER_TRAIN, PAPER_HELD_OUT, trial_length=1),
     "dmc-small": Suite(  # what a CPU can carry
-        ("cartpole-swingup", "point-mass-easy", "reacher-easy", *tuple(DMC)[11:]),
+        ("cartpole-swingup", "point-mass-easy", "reacher-easy", *OURS),
         ("cartpole-balance", "point-mass-hard", "reacher-hard", "pendulum-swingup"),
         trial_length=1,
     ),
@@ -216,8 +205,8 @@ class Args:
     dt_max: float = 2.0  # largest initial time step; the fastest states last 2 / DT_MAX steps
     frequency_scale: float = 1.0  # times HiPPO's frequencies; 0: states decay, but do not turn
     layer_norm: bool = True  # normalise what each block sees
-    state_coef: float = 0.0  # weight of the states' mean square in the loss
-    sparsity_coef: float = 0.0  # weight of how evenly over time the states are fed
+    state_coef: float = 0.0  # weight of the penalty on the states' mean square
+    sparsity_coef: float = 0.0  # weight of a penalty on states that are fed evenly over time
     zoh: bool = False  # scale the input by zero-order hold, as the paper does, not to unit variance
 
     # ---- actor and critic
@@ -347,7 +336,7 @@ class ProjectedTask:
             self.env, params = gymnax.make(self.task.env_id)
             self.params = params.replace(**self.task.params)
             self.action_size = math.prod(self.env.action_space(self.params).shape)  # Discrete: 1
-        elif self.task.env_id in DMC.values():
+        elif name in DMC:
             from dmcontrol import DMControl
 
             self.env = DMControl(self.task.env_id)
@@ -384,8 +373,7 @@ class ProjectedTask:
             share = (action.reshape(space.shape) + 1) / 2
             action = jnp.float32(space.low + share * (space.high - space.low))
         obs, state, reward, terminated, _ = self.env.step_env(key, state, action, params)
-        reward = jnp.float32(reward) * self.task.reward_scale
-        return state, self.observe(key, obs), reward, terminated
+        return state, self.observe(key, obs), jnp.float32(reward), terminated
 
     def observe(self, key, obs):
         """What the agent is to see of a gymnax observation, (o,)."""
@@ -563,7 +551,7 @@ def s5_scan(a_bar, bu, reset, state):
     def compose(earlier, later):  # two affine maps x -> a x + b, one after the other
         return earlier[0] * later[0], later[0] * earlier[1] + later[1]
 
-    a = jnp.where(reset[..., None], 0.0, a_bar)  # (T, N, P)
+    a = jnp.where(reset[..., None], 0.0, a_bar)  # (T, N, P); the state enters with the first input
     return jax.lax.associative_scan(compose, (a, bu.at[0].add(a[0] * state)))[1]
 
 
@@ -642,7 +630,7 @@ class SequenceModel(nn.Module):
     def __call__(self, carry, x, reset):
         T, N, D = x.shape
         next_carry = []
-        for state in carry:  # one a block
+        for state in carry:  # one a block, of which there are num_layers
             u = nn.LayerNorm()(x) if self.args.layer_norm else x
             state, y = S5(self.args)(state, u, reset)
             y = nn.gelu(y).reshape(T * N, D)
@@ -934,7 +922,7 @@ def make_train(args, env):
     copied, split = jax.P(), jax.P("devices")
     specs = TrainState(params=copied, opt_state=copied, actor=split, key=copied)
     spmd = partial(jax.shard_map, mesh=jax.make_mesh((args.num_devices,), ("devices",)))
-    spmd = partial(spmd, out_specs=specs, check_vma=False)
+    spmd = partial(spmd, out_specs=specs, check_vma=False)  # JAX cannot see that copies agree
     return spmd(init, in_specs=copied), spmd(train, in_specs=(specs,), out_specs=(specs, copied))
 
 

@@ -649,7 +649,7 @@ def test_trials_of_one_episode_give_rewards_by_step(tmp_path):
     pendulum, pole = (kept[kept["task"] == name] for name in ("pendulum", "cartpole-positions"))
     assert pendulum["place"].tolist() == pole["place"].tolist() == [4 * i + 2 for i in range(50)]
     assert set(pendulum["split"]) == {"training"} and set(pole["split"]) == {"held out"}
-    np.testing.assert_allclose(pole["mean"], 1 / 200, rtol=1e-5)
+    np.testing.assert_allclose(pole["mean"], 1, rtol=1e-5)
     # The trials are those of the report, whose episodes have 200 steps.
     for memory, rows in places[places["task"] == "pendulum"].groupby("memory"):
         (score,) = scores[(scores["task"] == "pendulum") & (scores["memory"] == memory)]["mean"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dmcontrol import ACTION_REPEAT, DMControl, DMState
-from s5_ppo_meta import DMC, TASKS, Args, Environment
+from s5_ppo_meta import DMC, OURS, PAPER_HELD_OUT, PAPER_TRAIN, TASKS, Args, Environment
 
 pytest.importorskip("mujoco_playground", reason='needs pip install -e ".[dmc]"')
 suite = pytest.importorskip("dm_control.suite", reason='needs pip install -e ".[dmc]"')
@@ -21,7 +21,7 @@ for struct in (mujoco.MjModel, mujoco.MjData):  # dm_control 1.0.50 wants more t
     for field in [field for field in fields if not hasattr(struct, field)]:
         del fields[field]
 
-PAPERS, OURS = tuple(DMC)[:11], tuple(DMC)[11:]
+PAPERS = PAPER_TRAIN + PAPER_HELD_OUT
 CONTACTS = ("ball-in-cup", "finger")  # of which Playground solves fewer, in fewer iterations
 ACTIONS, N = 5, 12
 
@@ -59,7 +59,7 @@ def place(env, state, action):
 
 @cache
 def ours(name):
-    task = DMControl(DMC[name])
+    task = DMControl(DMC[name].env_id)
     reset = jax.jit(jax.vmap(task.reset))
     return task, lambda n, seed=0: reset(jax.random.split(jax.random.key(seed), n))
 

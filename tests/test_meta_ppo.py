@@ -777,5 +777,5 @@ def test_a_cart_whose_pushes_are_turned_around_is_balanced_by_memory(monkeypatch
                  for reward, done in zip(r.T, d.T, strict=True)])
         for r, d in zip(rewards, dones, strict=True)
     )  # fmt: skip
-    # Of 0.5, the whole 100 steps. Random actions get 0.11; seeds 0 to 3 get 0.32 to 0.45 here.
-    assert kept >= 0.25 and wiped <= 0.11
+    # Of 100 steps. Random actions stand for 22; seeds 0 to 3 for 64 to 90 here.
+    assert kept >= 50 and wiped <= 22
