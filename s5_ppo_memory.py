@@ -12,7 +12,7 @@ so that PPO learns from whole rollouts in which episodes begin and end.
     python s5_ppo_memory.py --env-id RepeatPrevious --memory-length 64 --min-memory-length 64
     python s5_ppo_memory.py --resume runs/RUN      # goes on after Ctrl-C or a kill
 
-Expect 1.00, every answer right, up to four times the trained length, often eight. Departures:
+Expect 1.00, every answer right, up to twice the trained length, mostly to eight times. Departures:
 - Every episode draws a memory length from --min-memory-length to --memory-length: short questions
   teach the long ones. With both equal it is the paper's task.
 - So that S5 also remembers for longer than it was trained to: the size of its states costs, and

@@ -9,8 +9,8 @@ agent has to find out within the trial what its actions do, and remember it unti
     python s5_ppo_meta.py --suite classic --total-timesteps 96000000    # five tasks at once
     python s5_ppo_meta.py --resume runs/RUN         # goes on after Ctrl-C or a kill
 
-Expect scores (0: idle or random, 1: a rule that sees the goal) of 0.8 to 1.1 in training, and of
-0.6 to 1.1 on bodies held out; with the memory wiped at every episode 0.0 to 0.4. Departures:
+Expect scores (0: idle or random, 1: a rule that sees the goal) of 0.7 to 1.1 in training, and
+mostly as much on bodies held out; with the memory wiped at every episode 0.0 to 0.4. Departures:
 - PPO, not Muesli. The network is also shown the last change of the observation and of the reward,
   and inner products, which no matrix for observations changes (--no-inner-products).
 - S5's largest initial time step is 2. With 0.1 even the fastest states would average over 20 steps
@@ -65,7 +65,7 @@ class Task(NamedTuple):
     baseline_return: float  # scores 0: the better of random actions and none at all
     specialist_return: float  # scores 1: this script on this task alone, or a rule that sees all
     return_std: float  # of random actions' discounted returns, about; it divides the rewards
-    # ---- the rest is for gymnax only
+    # ---- the next four are for gymnax only
     params: dict = {}  # noqa: RUF012 EnvParams that differ from the library's
     ranges: dict = {}  # noqa: RUF012 (low, high) of EnvParams that are drawn for each trial
     seen: slice = slice(None)  # entries of the observation that the agent sees
