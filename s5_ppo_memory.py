@@ -6,6 +6,7 @@ state space layer whose state can be started from a stored value and reset in th
 so that PPO learns from whole rollouts in which episodes begin and end.
 
     python s5_ppo_memory.py                        # remember 128 steps
+    python s5_ppo_memory.py --memory-length 1024 --total-timesteps 2500000     # a minute
     python s5_ppo_memory.py --memory-length 4096   # rollouts, run and time steps follow from it
     python s5_ppo_memory.py --env-id CartPole-v1   # any gymnax task, flat Box, Discrete actions
     python s5_ppo_memory.py --env-id CartPole-v1 --seen 0 2 --noise-std 0.3   # as in POPGym

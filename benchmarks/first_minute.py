@@ -1,12 +1,13 @@
 """How soon a memory script is done, and what its agent then answers: the README's first command.
 
-    python benchmarks/first_minute.py                          # s5_ppo_memory.py with its defaults
-    python benchmarks/first_minute.py lstm_ppo.py              # another script
-    python benchmarks/first_minute.py s5_ppo_memory.py --zoh   # and any of its flags
+    python benchmarks/first_minute.py               # s5_ppo_memory.py with its defaults
+    python benchmarks/first_minute.py lstm_ppo.py   # another script, or the README's flags:
+    python benchmarks/first_minute.py s5_ppo_memory.py --memory-length 1024 \\
+        --total-timesteps 2500000
 
 Seconds from process start to exit, compile included, and the mean return of greedy episodes (1:
 every answer right, 0: guessed) at 1/2, 1, 2, 4 and 8 times the memory length trained. Seeds 0 to 4,
-one after another, with no compilation cache: half a minute a seed on two idle cores. Appends a row
+one after another, with no compilation cache: up to a minute a seed on two idle cores. Appends a row
 a seed to first_minute.csv; there, rows with a success_rate are of older versions.
 """
 
