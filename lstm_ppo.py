@@ -638,8 +638,8 @@ def main():
     args, flags = parse_flags()
     jax.config.update("jax_enable_x64", False)
     jax.config.update("jax_default_matmul_precision", "default" if args.tf32 else "highest")
-    bad_flags = ValueError, AttributeError, IndexError  # of anything else, the traceback
-    with refuse("--env-id, --env-params, --seen or --num-devices", bad_flags):
+    # It hides tracebacks: while you edit the environment, go without it.
+    with refuse("--env-id, --env-params, --seen or --num-devices"):
         env = Environment(args)
         init, train = make_train(args, env)
     name = f"{Path(__file__).stem}__{args.env_id}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
