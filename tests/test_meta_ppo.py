@@ -170,6 +170,9 @@ def test_before_a_gradient_step_the_learner_computes_what_the_actor_did(rollouts
             assert (log_std.std((0, 1)) > 0.01).all()  # the deviation depends on what is seen
             assert (np.log(0.1) <= log_std).all() and (log_std <= np.log(2) + 1e-6).all()
             assert (np.abs(mean) <= 3).all()
+        target, value = r.epochs[0].target, r.epochs[0].batch.value
+        foreseen = 1 - (target - value).var() / target.var()
+        assert r.metrics["losses/explained_variance"] == pytest.approx(foreseen, abs=1e-4)
         assert r.metrics["losses/clipfrac"] == 0 and abs(r.metrics["losses/approx_kl"]) < 1e-6
     first, second, _ = (r.epochs[0] for r in rollouts.good)
     assert first.batch.reset[0].all() and not any(x.any() for x in jax.tree.leaves(first.carry))

@@ -157,6 +157,18 @@ def test_with_lambda_one_the_advantage_is_the_discounted_return_minus_the_value(
     np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
+def test_explained_variance_is_the_share_of_the_targets_that_the_values_foresaw(rollouts):
+    args, _, recorded = rollouts("s5")
+    for metrics, minibatches in recorded:
+        epoch = minibatches[: args.num_minibatches]
+        batch, _, target = (
+            jax.tree.map(lambda *x: np.concatenate(x, axis=1), *parts)
+            for parts in zip(*(minibatch[2:] for minibatch in epoch), strict=True)
+        )
+        expected = 1 - (target - batch.value).var() / target.var()
+        assert metrics["losses/explained_variance"] == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_time_limit_adds_the_value_of_what_it_cut_off_and_targets_are_not_normalised(rollouts):
     args, env, ((_, minibatches), _) = rollouts("s5")
     raw = gymnax.make("CartPole-v1")[0]
