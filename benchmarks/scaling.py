@@ -17,6 +17,7 @@ is above --max-attention-length.
 """
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -109,15 +110,14 @@ class Args:
     max_attention_length: int = 4_096  # longest of the Transformer: its time grows as the square
 
 
-def measure(part, length, args):
-    """A row for each model: milliseconds and MiB."""
-    compiled = {}
-    for model in SCRIPTS:
-        is_attention = model == "Transformer" and part != "environments"
-        if is_attention and length > args.max_attention_length:
-            continue
-        function, inputs, steps = PARTS[part](model, length)
-        compiled[model] = function.lower(*inputs).compile(), inputs, steps
+def compile_part(part, model, length):
+    """A compiled function, its arguments, and how many steps it makes."""
+    function, inputs, steps = PARTS[part](model, length)
+    return function.lower(*inputs).compile(), inputs, steps
+
+
+def measure(part, length, compiled):
+    """A row for each model: milliseconds and MiB. compiled: compile_part of those to be run."""
     seconds, begun = {model: [] for model in compiled}, None
     for repeat in range(21):
         if repeat == 1:
@@ -174,8 +174,22 @@ def main():
     lengths = [2**n for n in range(20) if args.min_length <= 2**n <= args.max_length]
     for part in args.parts:
         rows = [row for row in read(path) if row["what"] != part]
-        for length in lengths if part != "environments" else [2**n for n in range(9)]:
-            rows += measure(part, length, args)
+        sizes = [2**n for n in range(9)] if part == "environments" else lengths
+        limits = {model: sizes[-1] for model in SCRIPTS}
+        if part != "environments":
+            limits["Transformer"] = args.max_attention_length
+        with ThreadPoolExecutor() as pool:
+            compiled = {
+                size: {
+                    model: pool.submit(compile_part, part, model, size)
+                    for model in SCRIPTS
+                    if size <= limits[model]
+                }
+                for size in sizes
+            }
+        for size in sizes:
+            programs = {model: program.result() for model, program in compiled[size].items()}
+            rows += measure(part, size, programs)
             write(path, rows)
     for path in HERE.glob("scaling_*.csv"):
         plot(path)
