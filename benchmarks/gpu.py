@@ -15,7 +15,6 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from unittest import mock
 
 import jax
@@ -53,16 +52,11 @@ def no_scan(a_bar, bu, reset, state):
 SCANS = {"as it is": S5_SCAN, "step by step": step_by_step, "no scan": no_scan}
 
 
-@cache
-def script(model, num_envs, epochs):
-    """Args, init and train of a script."""
-    args = SCRIPTS[model].Args(num_envs=num_envs, update_epochs=epochs, log_interval=1)
-    return args, *SCRIPTS[model].make_train(args, SCRIPTS[model].Environment(args))
-
-
 def update(model, num_envs, epochs=4, unroll=1, scan="as it is"):
     """A program and a function that makes its inputs."""
-    args, init, train = script(model, num_envs, epochs)
+    args = SCRIPTS[model].Args(num_envs=num_envs, update_epochs=epochs, log_interval=1)
+    # Made anew for each program: JAX would trace the same functions once, and keep the first scan.
+    init, train = SCRIPTS[model].make_train(args, SCRIPTS[model].Environment(args))
 
     def scan_with_unroll(f, start, xs=None, **kwargs):
         is_rollout = isinstance(xs, jax.Array) and len(xs) == args.num_steps
@@ -73,7 +67,7 @@ def update(model, num_envs, epochs=4, unroll=1, scan="as it is"):
         mock.patch.object(jax.lax, "scan", scan_with_unroll),
         mock.patch.object(s5_ppo_memory, "s5_scan", SCANS[scan]),
     ):
-        lowered = jax.jit(lambda state: train(state)).lower(jax.eval_shape(init, key))
+        lowered = jax.jit(train).lower(jax.eval_shape(init, key))
     return lowered, jax.jit(init).lower(key)
 
 
@@ -113,6 +107,11 @@ def measure(program, make):
 def main():
     args, by = tyro.cli(Args, description=__doc__), made_by()
     by["xla_flags"] = os.environ.get("XLA_FLAGS", "")
+
+    def store(what, num_envs, seconds, amount):
+        row = {"what": what, "num_envs": num_envs, "ms": f"{1e3 * seconds:.3f}"}
+        append(HERE / "gpu.csv", row | {"per_second": f"{amount / seconds:.0f}"} | by)
+
     variants = {(m, f"passes {n}"): {"model": m, "epochs": n} for m in args.models for n in (1, 4)}
     variants |= {("S5", f"unroll {n}"): {"model": "S5", "unroll": n} for n in args.unroll}
     variants |= {("S5", name): {"model": "S5", "scan": name} for name in args.scans}
@@ -130,15 +129,12 @@ def main():
         }
         scans = {(x, n): compiled(scan_alone(x, n)) for n in args.num_envs for x in alone}
         for (model, variant, num_envs), programs in updates.items():
-            seconds = measure(*programs)
-            steps = num_envs * script(model, num_envs, 4)[0].num_steps
-            row = {"what": f"{model}, {variant}", "num_envs": num_envs, "ms": 1e3 * seconds}
-            append(HERE / "gpu.csv", row | {"per_second": steps / seconds} | by)
+            steps = SCRIPTS[model].Args(num_envs=num_envs).batch_size
+            store(f"{model}, {variant}", num_envs, measure(*programs), steps)
         for (name, num_envs), programs in scans.items():
-            seconds, arrays = measure(*programs), 4 if "gradient" in name else 2
-            row = {"what": f"scan alone, {name}", "num_envs": num_envs, "ms": 1e3 * seconds}
+            arrays = 4 if "gradient" in name else 2  # of 8 bytes a number
             gigabytes = arrays * 8e-9 * 256 * 32 * num_envs
-            append(HERE / "gpu.csv", row | {"per_second": gigabytes / seconds} | by)
+            store(f"scan alone, {name}", num_envs, measure(*programs), gigabytes)
 
 
 if __name__ == "__main__":
