@@ -27,6 +27,7 @@ import first_minute
 import gpu
 import memory_length
 import meta
+import pendulum_optimum
 import popgym_hard
 import reference_scores
 import s5_layer
@@ -432,6 +433,27 @@ def test_popgyms_table_has_the_papers_numbers_and_a_dash_for_what_was_not_run(ca
     assert (
         "| RepeatPrevious | – | -0.50 0.25 | – | – | 0.91 -0.46 -0.48 |" in capsys.readouterr().out
     )
+
+
+def test_the_pendulum_of_the_optimum_is_gymnax_s_and_its_policy_is_the_best(monkeypatch):
+    from gymnax.environments.classic_control.pendulum import EnvState, Pendulum
+
+    rng = np.random.default_rng(0)
+    states = rng.uniform([-4, -8, -2], [4, 8, 2], (20, 3))
+    env = Pendulum()
+    for angle, speed, torque in states:
+        state = EnvState(jnp.float32(angle), jnp.float32(speed), jnp.float32(0), 0)
+        inputs = state, jnp.float32(torque), env.default_params
+        _, after, reward, *_ = env.step_env(jax.random.key(0), *inputs)
+        expected = reward, after.theta, after.theta_dot
+        assert np.allclose(pendulum_optimum.step(angle, speed, torque), expected, atol=1e-4)
+
+    monkeypatch.setattr(pendulum_optimum, "TORQUES", 5)
+    best = pendulum_optimum.policies(12)
+    assert not best[0].any()  # a last torque only costs
+    points = pendulum_optimum.scores(best, 12, 500).mean()
+    for torque in (-2.0, 0.0, 2.0):
+        assert pendulum_optimum.scores(np.full_like(best, torque), 12, 500).mean() < points
 
 
 # ---- speed
