@@ -442,7 +442,8 @@ def test_the_pendulum_of_the_optimum_is_gymnax_s_and_its_policy_is_the_best(monk
     states = rng.uniform([-4, -8, -2], [4, 8, 2], (20, 3))
     env = Pendulum()
     for angle, speed, torque in states:
-        state = EnvState(jnp.float32(angle), jnp.float32(speed), jnp.float32(0), 0)
+        state = {"theta": jnp.float32(angle), "theta_dot": jnp.float32(speed)}
+        state = EnvState(**state, last_u=jnp.float32(0), time=0)
         inputs = state, jnp.float32(torque), env.default_params
         _, after, reward, *_ = env.step_env(jax.random.key(0), *inputs)
         expected = reward, after.theta, after.theta_dot
