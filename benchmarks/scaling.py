@@ -144,10 +144,15 @@ def measure(part, length, compiled):
 def plot(path):
     """scaling_<device>.png from the table of that device."""
     rows = [row for row in read(path) if row["ms"]]
-    figure = Figure(figsize=(11, 6.4), layout="constrained")
     panels = [(what, "ms") for what in ("layer", "update", "acting step")]
     panels += [("layer", "MiB"), ("update", "MiB"), ("environments", "ms")]
-    for ax, (what, unit) in zip(figure.subplots(2, 3).flat, panels, strict=True):
+    panels = [panel for panel in panels if any(row["what"] == panel[0] for row in rows)]
+    columns = -(-len(panels) // 2)
+    figure = Figure(figsize=(0.5 + 3.5 * columns, 6.4), layout="constrained")
+    axes = figure.subplots(2, columns, squeeze=False).flat
+    for ax in axes[len(panels) :]:
+        ax.remove()
+    for ax, (what, unit) in zip(axes, panels, strict=False):
         for i, model in enumerate(SCRIPTS):
             mine = [row for row in rows if (row["what"], row["model"]) == (what, model)]
             x, y = np.array([(r["length"], r[unit]) for r in mine], float).reshape(-1, 2).T
@@ -159,11 +164,7 @@ def plot(path):
         axis = {"acting step": "context length", "environments": "environments"}
         title = {"environments": "acting step, context 256", "acting step": "acting step, 32 envs"}
         ax.set(title=title.get(what, what), xlabel=axis.get(what, "sequence length"), ylabel=unit)
-        if ax.lines:
-            ax.legend(fontsize="small")
-        else:
-            ax.set_axis_off()
-            ax.set_title(f"{ax.get_title()}: not measured")
+        ax.legend(fontsize="small")
     figure.suptitle(path.stem.removeprefix("scaling_"))
     save(figure, path.with_suffix(".png"))
 
