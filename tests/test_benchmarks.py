@@ -453,8 +453,13 @@ def test_the_pendulum_of_the_optimum_is_gymnax_s_and_its_policy_is_the_best(monk
     best = pendulum_optimum.policies(12)
     assert not best[0].any()  # a last torque only costs
     points = pendulum_optimum.scores(best, 12, 500).mean()
-    for torque in (-2.0, 0.0, 2.0):
-        assert pendulum_optimum.scores(np.full_like(best, torque), 12, 500).mean() < points
+    others = [np.full_like(best, torque) for torque in (-2.0, 0.0, 2.0)]
+    for other in (*others, best[::-1]):
+        assert pendulum_optimum.scores(other, 12, 500).mean() < points
+
+    worst = s5_ppo_meta.LOWEST
+    monkeypatch.setattr(pendulum_optimum, "step", lambda angle, speed, _: (worst, angle, speed))
+    assert np.allclose(pendulum_optimum.scores(best, 12, 5), -1)  # as POPGym counts
 
 
 # ---- speed
