@@ -90,7 +90,7 @@ def scan_alone(name, num_envs):
 
 
 def measure(program, make):
-    """Median seconds of a call; NaN where memory does not suffice."""
+    """Median seconds of a call; None where memory does not suffice."""
     try:
         program, make = program.result(), make.result()
         inputs, seconds = make(jax.random.key(0)), []
@@ -101,7 +101,7 @@ def measure(program, make):
         return np.median(seconds[1:])
     except jax.errors.JaxRuntimeError as error:
         print(str(error)[:200])
-        return np.nan
+        return None
 
 
 def main():
@@ -109,8 +109,10 @@ def main():
     by["xla_flags"] = os.environ.get("XLA_FLAGS", "")
 
     def store(what, num_envs, seconds, amount):
-        row = {"what": what, "num_envs": num_envs, "ms": f"{1e3 * seconds:.3f}"}
-        append(HERE / "gpu.csv", row | {"per_second": f"{amount / seconds:.0f}"} | by)
+        row = {"what": what, "num_envs": num_envs, "ms": None, "per_second": None}
+        if seconds:
+            row |= {"ms": f"{1e3 * seconds:.3f}", "per_second": f"{amount / seconds:.0f}"}
+        append(HERE / "gpu.csv", row | by)
 
     variants = {(m, f"passes {n}"): {"model": m, "epochs": n} for m in args.models for n in (1, 4)}
     variants |= {("S5", f"unroll {n}"): {"model": "S5", "unroll": n} for n in args.unroll}
