@@ -465,8 +465,8 @@ def test_the_pendulum_of_the_optimum_is_gymnax_s_and_its_policy_is_the_best(monk
 # ---- speed
 def test_variants_on_a_gpu_are_other_programs():
     """JAX keeps what it has traced, and would time the first variant under every name."""
-    variants = {}, {"unroll": 2}, {"scan": "no scan"}
-    assert len({gpu.update("S5", 8, **variant)[0].as_text() for variant in variants}) == 3
+    first, other = (gpu.update("S5", 8, scan=scan)[0].as_text() for scan in ("as it is", "no scan"))
+    assert first != other
 
 
 def test_scaling_measures_the_three_models():
