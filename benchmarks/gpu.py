@@ -7,8 +7,8 @@ The memory scripts' defaults but for --num-envs; one update a call, medians of 5
 four passes over its rollout and one of one pass tell a pass from the acting. S5 also with the loop
 of its rollout unrolled, with the scan step by step, and with no scan at all, which bounds what a
 faster one could bring. At last s5_scan alone, without and with gradient, beside a copy of as many
-numbers: GB/s count what goes in and comes out, each once. Appends to gpu.csv beside this file; a
-cell is blank where memory did not suffice.
+numbers. Appends to gpu.csv beside this file: per_second are steps of environments, or of a scan
+alone GB that go in and come out, each once; a cell is blank where memory did not suffice.
 """
 
 import os

@@ -110,6 +110,12 @@ class Args:
     max_attention_length: int = 4_096  # longest of the Transformer: its time grows as the square
 
 
+def models_to_run(part, size, args):
+    """All, but attention only up to --max-attention-length."""
+    too_long = part != "environments" and size > args.max_attention_length
+    return [model for model in SCRIPTS if not (model == "Transformer" and too_long)]
+
+
 def compile_part(part, model, length):
     """A compiled function, its arguments, and how many steps it makes."""
     function, inputs, steps = PARTS[part](model, length)
@@ -176,15 +182,11 @@ def main():
     for part in args.parts:
         rows = [row for row in read(path) if row["what"] != part]
         sizes = [2**n for n in range(9)] if part == "environments" else lengths
-        limits = {model: sizes[-1] for model in SCRIPTS}
-        if part != "environments":
-            limits["Transformer"] = args.max_attention_length
         with ThreadPoolExecutor() as pool:
             compiled = {
                 size: {
                     model: pool.submit(compile_part, part, model, size)
-                    for model in SCRIPTS
-                    if size <= limits[model]
+                    for model in models_to_run(part, size, args)
                 }
                 for size in sizes
             }
