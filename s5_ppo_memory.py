@@ -527,12 +527,8 @@ def make_train(args, env):
         env_state, obs = env.reset(env_key, num_envs)
         reset, carry = jnp.ones(num_envs, bool), SequenceModel(args).initial_carry(num_envs)
         params = network.init(params_key, carry, obs[None], reset[None])
-        return TrainState(
-            params=params,
-            opt_state=optimizer.init(params),
-            actor=(env_state, obs, reset, carry),
-            key=key,
-        )
+        actor = env_state, obs, reset, carry
+        return TrainState(params=params, opt_state=optimizer.init(params), actor=actor, key=key)
 
     def act(params, actor, key):
         """One step of the rollout; returns the next actor, a Transition and returns."""
