@@ -28,7 +28,7 @@ BODIES = dict.fromkeys(("PointMassEasy", "PointMassHard", "PointMassWide"), "Poi
 BODIES |= {"BallInCupCatch": "BallInCup", "CartpoleAnywhere": "CartpoleSwingup"}
 
 # Steps of dm_control that an action lasts. There are 50 or 100 of them a second: what an action
-# changes in a single one hardly shows, and a second would be far in the future.
+# changes in a single one hardly shows, and a second would be many steps away.
 ACTION_REPEAT = 4
 
 # Low and high of the positions that an episode starts from; of other tasks, the joints' limits.
@@ -105,7 +105,7 @@ class DMControl:
             between = jax.random.uniform(size_key, minval=least, maxval=np.pi - least)
             other = angle + between * jax.random.rademacher(side_key, ())
             return {"gains": jnp.array([[x, y], [jnp.sin(other), jnp.cos(other)]])}
-        if self.env_id == "PointMassWide":  # in radii of the target; the root: more far than near
+        if self.env_id == "PointMassWide":  # in the target's radii; sqrt: mostly far
             return {"reach": 32.0 ** jnp.sqrt(jax.random.uniform(size_key, minval=1e-6))}
         return {}
 

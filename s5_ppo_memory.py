@@ -8,12 +8,12 @@ so that PPO learns from whole rollouts in which episodes begin and end.
     python s5_ppo_memory.py                        # remember 128 steps
     python s5_ppo_memory.py --memory-length 1024 --total-timesteps 2500000     # a minute
     python s5_ppo_memory.py --memory-length 4096   # rollouts, run and time steps follow from it
-    python s5_ppo_memory.py --env-id CartPole-v1   # any gymnax task, flat Box, Discrete actions
-    python s5_ppo_memory.py --env-id CartPole-v1 --seen 0 2 --noise-std 0.3   # as in POPGym
+    python s5_ppo_memory.py --env-id CartPole-v1 --seen 0 2 --noise-std 0.3   # any gymnax task
     python s5_ppo_memory.py --env-id RepeatPrevious --memory-length 64 --min-memory-length 64
     python s5_ppo_memory.py --resume runs/RUN      # goes on after Ctrl-C or a kill
 
-Expect 1.00, every answer right, up to twice the trained length, mostly to eight times. Departures:
+Expect 1.00 in MemoryChain, all answers right, to twice the trained length, mostly to eight times.
+Departures from the paper:
 - Every episode draws a memory length from --min-memory-length to --memory-length: short questions
   teach the long ones. With both equal it is the paper's task.
 - So that S5 also remembers for longer than it was trained to: the size of its states costs, and
@@ -78,7 +78,7 @@ class Args:
     seen: tuple[int, ...] = ()  # entries of the observation that the agent sees; none named: all
     noise_std: float = 0.0  # of the Gaussian noise on these, which are then clipped to their bounds
     env_params: dict[str, float] = field(default_factory=dict)  # other EnvParams: NAME VALUE ...
-    eval_episodes: int = 128  # greedy episodes of each seed in the evaluation at the end
+    eval_episodes: int = 128  # greedy episodes of each seed and length, at the end
 
     # ---- sequence model
     num_layers: int = 2  # S5 blocks; 0 is the network without memory
@@ -115,8 +115,9 @@ class Args:
             self.total_timesteps = 4_000 * self.memory_length
         if self.num_steps is None:
             self.num_steps = 2 * self.memory_length
-        sizes = "num_seeds num_devices log_interval memory_length min_memory_length eval_episodes "
-        for name in (sizes + "num_envs num_steps num_minibatches update_epochs").split():
+        sizes = "memory_length min_memory_length eval_episodes num_seeds num_devices log_interval "
+        sizes += "num_envs num_steps total_timesteps num_minibatches update_epochs d_model "
+        for name in (sizes + "encoder_size head_size").split():
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1")
         if not 0 <= self.noise_std < np.inf:
@@ -125,6 +126,8 @@ class Args:
             raise ValueError("--num-envs is no multiple of --num-minibatches x --num-devices")
         if self.dt_min is None:  # the slowest states last 200 times as long as the longest memory
             self.dt_min = 0.01 / self.memory_length
+        if not 0 < self.dt_min <= self.dt_max < np.inf:
+            raise ValueError(f"--dt-min {self.dt_min}, --dt-max {self.dt_max} are no range")
         if self.num_updates * self.update_epochs * self.num_minibatches >= 2**31:
             raise ValueError(f"--total-timesteps {self.total_timesteps} needs 2^31 gradient steps")
 
@@ -142,10 +145,10 @@ class Args:
 class RepeatPrevious:
     """POPGym's task (Morad et al. 2023) behind gymnax's interface: which suit came k - 1 steps ago?
 
-    Each step shows the suit of the next of 52 (k // 32 + 1) shuffled cards. From the k-th card on,
-    an answer counts 1 / (cards - k), a wrong one minus that. k is memory_length, which the agent is
-    not told: 4, 32 and 64 are POPGym's Easy, Medium and Hard. A state is the suits shown, card t at
-    t mod `longest`, how many cards of each suit these are (4,), and t of the last.
+    Each step shows the suit of the next of 52 x (k // 32 + 1) shuffled cards. From the k-th on, an
+    answer counts 1 / (cards - k), a wrong one minus that. k is memory_length, which the agent is
+    not told: 4, 32 and 64 are POPGym's Easy, Medium and Hard. A state: the suits shown, card t at t
+    mod `longest`, how many cards of each suit these are (4,), and t of the last.
     """
 
     longest = 2048
@@ -216,7 +219,7 @@ class Environment:
         observation, action = env.observation_space(params), env.action_space(params)
         if len(observation.shape) != 1 or not hasattr(action, "n"):
             raise ValueError(f"{args.env_id} has no flat Box to observe or no Discrete actions")
-        if 8 * args.memory_length > getattr(env, "longest", np.inf):  # the longest that is asked
+        if 8 * args.memory_length > getattr(env, "longest", np.inf):  # the evaluation's longest
             raise ValueError(f"--memory-length {args.memory_length}: at most {env.longest // 8}")
         self.num_actions, self.bounds = action.n, (observation.low, observation.high)
         self.seen = np.arange(observation.shape[0])[[*args.seen] or slice(None)]
@@ -234,7 +237,7 @@ class Environment:
         return jnp.concatenate([obs, previous, reset[:, None]], axis=1).astype(jnp.float32)
 
     def draw_lengths(self, key, num_envs):
-        """Memory lengths (N,) of episodes, from short ones, which teach the long ones, to long."""
+        """Memory lengths (N,) of episodes: short ones teach the long ones; more are long."""
         longest = self.args.memory_length
         shortest = min(self.args.min_memory_length, longest)
         share = jnp.sqrt(jax.random.uniform(key, (num_envs,)))  # the root: more long than short
@@ -597,7 +600,7 @@ def make_train(args, env):
 
 # ==== Evaluation ==================================================================================
 def evaluate(params, key, memory_length, args, env):
-    """Returns (E,) of one whole greedy episode in each of E = eval_episodes environments.
+    """What one whole greedy episode returns in each of E = eval_episodes environments, (E,).
 
     One episode in each, not the first E to end: those would be the short ones.
     """
@@ -730,6 +733,7 @@ def main():
     with refuse(run_dir, OSError):
         run_dir.mkdir(parents=True, exist_ok=True)
         write_config(run_dir, args, flags)
+        save(run_dir, state, rows)  # so that --resume works from here on
     step, total = rows[-1]["global_step"] if rows else 0, args.num_updates * args.batch_size
     steps_a_call = args.log_interval * args.batch_size
     size = sum(x[0].size for x in jax.tree.leaves(state.params))

@@ -16,7 +16,7 @@ mostly as much on bodies held out; with the memory wiped at every episode 0.0 to
 - S5's largest initial time step is 2. With 0.1 even the fastest states would average over 20 steps
   and lose velocities. Its input is scaled to unit variance, not by zero-order hold (--zoh).
 - Gradients reach back one rollout, which may be shorter than a trial. An advantage counts rewards
-  of its episode; with --credit trial also those of later ones, so that exploring pays.
+  of its episode; with --credit trial those of later ones too, unless the task ended it itself.
 - Each environment keeps its task. Matrices and bodies are drawn anew for each trial.
 - An episode's end inside a trial is a flag in the observation; only a trial's end is a reset.
 - The agent sees its own unprojected action and the scaled reward.
@@ -73,8 +73,8 @@ class Task(NamedTuple):
     same_start: bool = False  # episodes of a trial start alike: a hidden goal stays where it is
 
 
-# benchmarks/reference_scores.py measures the last three numbers. In mountain-car the specialist is
-# no better than doing nothing, so that its return is the one that gym calls solved.
+# benchmarks/reference_scores.py measures baseline, specialist and std. In mountain-car the
+# specialist is no better than doing nothing, so that its return is the one that gym calls solved.
 TASKS = {  # env_id, episode_length, baseline_return, specialist_return, return_std, params, ranges
     "cartpole-positions": Task("CartPole-v1", 200, 21.8, 199.8, 9.22, seen=slice(0, 3, 2)),
     "cartpole": Task("CartPole-v1", 200, 21.8, 200.0, 9.22),
@@ -89,8 +89,8 @@ TASKS = {  # env_id, episode_length, baseline_return, specialist_return, return_
 }
 
 # Hidden goals. In each trial an action moves the body 1/2 to 2 times as far as the usual one, drawn
-# anew; then bodies that are held out, which it moves a third as far, and 3 times. It moves the
-# swimmer by the square of dt. gymnax moves a robot that is within goal_radius: here, never.
+# anew; bodies held out, a third as far, and 3 times. The swimmer moves as far as the square of dt.
+# gymnax moves a robot that is within goal_radius: here, never.
 POINT = {"dense_reward": True, "max_force": 0.2, "goal_radius": -1.0}
 ARM = {"dt": 0.3, "torque_scale": 2.0}
 point = partial(Task, "PointRobot-misc", 6, seen=slice(0, 2), same_start=True)
@@ -111,7 +111,7 @@ TASKS |= GOALS
 
 # POPGym's Hard pendulums (Morad et al. 2023). A score is POPGym's return: it maps each reward from
 # LOWEST..0 to -1..1, divided by the number of steps. So half of the lowest return scores 0.
-LOWEST = -(np.pi**2 + 0.1 * 8**2 + 0.001 * 2**2)  # upside down, at full speed and force
+LOWEST = -(np.pi**2 + 0.1 * 8**2 + 0.001 * 2**2)  # hanging, at full speed and force
 ANGLE = {"seen": slice(0, 2)}
 POPGYM = {
     "pendulum-stateless": Task("Pendulum-v1", 100, 50 * LOWEST, 0.0, 131.0, **ANGLE),
@@ -221,7 +221,7 @@ class Args:
     update_epochs: int = 2  # passes over each rollout
     learning_rate: float = 1e-3  # step size of Adam
     anneal_lr: bool = True  # lower the step size linearly to zero over the run
-    credit: Literal["episode", "trial"] = "episode"  # rewards up to whose end an advantage counts
+    credit: Literal["episode", "trial"] = "episode"  # an advantage counts rewards to its end
     gamma: float = 0.99  # discount of a step
     bootstrap_truncated: bool | None = None  # value what a time limit cut off; None: the suite's
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
@@ -234,8 +234,9 @@ class Args:
         for name, value in SUITES[self.suite]._asdict().items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        sizes = "num_seeds num_devices log_interval trial_length eval_trials "
-        for name in (sizes + "num_envs num_steps num_minibatches update_epochs").split():
+        sizes = "trial_length eval_trials num_seeds num_devices log_interval "
+        sizes += "num_envs num_steps total_timesteps num_minibatches update_epochs d_model "
+        for name in (sizes + "encoder_size head_size").split():
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1")
         tasks = self.train_tasks + self.held_out_tasks
@@ -246,6 +247,8 @@ class Args:
         if self.num_envs % shares:
             needed = f"{shares}, for equal devices, minibatches and tasks"
             raise ValueError(f"--num-envs {self.num_envs} is no multiple of {needed}")
+        if not 0 < self.dt_min <= self.dt_max < np.inf:
+            raise ValueError(f"--dt-min {self.dt_min}, --dt-max {self.dt_max} are no range")
         if self.num_updates * self.update_epochs * self.num_minibatches >= 2**31:
             raise ValueError(f"--total-timesteps {self.total_timesteps} needs 2^31 gradient steps")
 
@@ -270,7 +273,7 @@ class Timestep(NamedTuple):
     truncated: jax.Array  # (N,) bool: by its time limit alone
     final_obs: jax.Array  # (N, O) what the agent would have seen next, had the episode gone on
     raw_reward: jax.Array  # (N,)
-    episode_return: jax.Array  # (N,) sum of raw rewards of the episode up to this step
+    episode_return: jax.Array  # (N,) sum of raw rewards so far; NaN if not from the start
     failed: jax.Array  # (N,) bool: the physics gave numbers that are not finite
 
 
@@ -367,10 +370,10 @@ class ProjectedTask:
             return state, state.obs, state.reward, state.done > 0.5
         params = self.params.replace(**body)
         space = self.env.action_space(params)
-        if hasattr(space, "n"):  # two discrete actions: the sign decides
-            action = jnp.int32(action[0] > 0)
+        share = (action.reshape(space.shape) + 1) / 2
+        if hasattr(space, "n"):  # discrete actions have equal parts of [-1, 1]
+            action = jnp.int32(share * space.n).clip(0, space.n - 1)
         else:
-            share = (action.reshape(space.shape) + 1) / 2
             action = jnp.float32(space.low + share * (space.high - space.low))
         obs, state, reward, terminated, _ = self.env.step_env(key, state, action, params)
         return state, self.observe(key, obs), jnp.float32(reward), terminated
@@ -421,6 +424,7 @@ class ProjectedTask:
         starts = jax.vmap(self.start)(jax.random.split(start_key, n))
         episodes = jax.random.randint(trial_part_key, (n,), 0, self.args.trial_length)
         length = jax.random.randint(episode_part_key, (n,), 0, self.task.episode_length)
+        length *= self.trials_end
         zeros, true = jnp.zeros(n), jnp.ones(n, bool)
         state = EnvState(
             inner=starts[0],
@@ -428,8 +432,8 @@ class ProjectedTask:
             trial_start=starts,
             starts=starts,
             trial_episodes=episodes * self.trials_end,
-            episode_length=length * self.trials_end,
-            episode_return=zeros,
+            episode_length=length,
+            episode_return=jnp.where(length > 0, jnp.nan, zeros),  # part of an episode: no return
         )
         action = jnp.zeros((n, self.args.projected_action_size))
         return state, self.agent_obs(starts[1], state.trial, action, zeros, true, true)
@@ -653,7 +657,7 @@ def direction_and_size(x):
 
 
 def inner_products(sums, obs, change, weights, reset):
-    """What a trial shows whatever its matrix for observations: that keeps inner products, scaled.
+    """Features that no matrix for observations changes: it keeps inner products, up to a scale.
 
     Remembered are K = 2 W len(DECAYS) decaying sums, of obs or of change (T, N, p) times one of the
     weights (T, N, W). Where an entry of the last action is the weight, the sum of changes points
@@ -876,8 +880,9 @@ def make_train(args, env):
             done=ends,
         )
         actor, done = (env_state, timestep.obs, timestep.reset, carry), timestep.done
-        sums = jnp.stack([done, done * timestep.episode_return, timestep.failed])  # (3, N)
-        return actor, (transition, sums.reshape(3, K, -1).sum(2))  # of each of the K tasks
+        whole = done & ~jnp.isnan(timestep.episode_return)
+        sums = jnp.stack([whole, jnp.where(whole, timestep.episode_return, 0.0), timestep.failed])
+        return actor, (transition, sums.reshape(3, K, -1).sum(2))  # (3, N) to (3, K)
 
     def update(state, _):
         """One rollout, and update_epochs passes over it."""
@@ -924,7 +929,7 @@ def make_train(args, env):
 
 # ==== Evaluation ==================================================================================
 # The agent, and two whose memory is emptied. The last lacks more than what is learned in context:
-# each of its observations looks like the first of a trial, which never happened in training.
+# all of its observations look like the first of a trial; in training only one does.
 MEMORIES = ("kept", "wiped every episode", "wiped every step")
 
 
@@ -993,7 +998,7 @@ def plot_adaptation(path, table, args):
     for (name, ax), memory in product(zip(names, axes, strict=False), MEMORIES):
         rows = table[(table["task"] == name) & (table["memory"] == memory)]
         x, mean, width = rows[["episode", "mean", "ci95"]].to_numpy(float).T
-        ax.plot(x, mean, label=f"memory {memory}")
+        ax.plot(x, mean, ".-", label=f"memory {memory}")
         ax.fill_between(x, mean - width, mean + width, alpha=0.2, linewidth=0)
         held_out = " (held out)" if name in args.held_out_tasks else ""
         ax.set(xlabel="episode of the trial", title=name + held_out)
@@ -1124,6 +1129,7 @@ def main():
     with refuse(run_dir, OSError):
         run_dir.mkdir(parents=True, exist_ok=True)
         write_config(run_dir, args, flags)
+        save(run_dir, state, rows)  # so that --resume works from here on
     step, total = rows[-1]["global_step"] if rows else 0, args.num_updates * args.batch_size
     steps_a_call = args.log_interval * args.batch_size
     size = sum(x[0].size for x in jax.tree.leaves(state.params))

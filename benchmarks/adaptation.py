@@ -1,7 +1,7 @@
 """What a network learned in context: trials on fresh matrices, with its memory kept and wiped.
 
     python benchmarks/adaptation.py --suite goals       # trains 6 runs: 40 minutes on one core
-    python benchmarks/adaptation.py --suite cartpole    # the same
+    python benchmarks/adaptation.py --suite cartpole    # 25 minutes
     python benchmarks/adaptation.py --suite classic     # 3.5 hours on one core
     python benchmarks/adaptation.py --suite classic runs/A runs/B     # of finished runs
     python benchmarks/adaptation.py runs/A runs/B --out long --trial-length 32

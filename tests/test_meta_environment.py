@@ -237,13 +237,14 @@ def test_rewards_are_divided_by_the_spread_of_their_task(played):
         assert_close(task.now.reward * TASKS[task.name].return_std, task.now.raw_reward)
 
 
-def test_returns_are_of_one_episode(played):
+def test_returns_are_of_one_whole_episode(played):
     for task in played:
-        total = 0
+        total = np.where(task.state.episode_length[0] > 0, np.nan, 0.0)  # began part-way
+        assert np.isnan(total).any() and np.isfinite(task.now.episode_return).any()
         for t, (reward, done) in enumerate(zip(task.now.raw_reward, task.now.done, strict=True)):
             total += reward
             assert_close(task.now.episode_return[t], total)
-            total = total * ~done
+            total = np.where(done, 0.0, total)
 
 
 def test_episodes_of_a_trial_begin_alike_where_the_goal_is_hidden_and_trials_do_not():
@@ -502,7 +503,8 @@ def test_a_copy_whose_physics_fails_starts_anew_and_no_other_notices(both):
     assert np.argwhere(now.failed).tolist() == [[t, 0]]
     assert now.done[t, 0] and not now.truncated[t, 0]
     assert now.raw_reward[t, 0] == now.reward[t, 0] == 0
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(now))
+    whole = now._replace(episode_return=now.episode_return[t:])  # the first began part-way
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(whole))
     restarted = jax.tree.map(lambda x: x[t + 1, 0], bad.state)
     assert restarted.episode_length == 0
     obs = np.array(

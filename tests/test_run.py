@@ -170,7 +170,8 @@ def test_a_run_leaves_its_flags_numbers_and_parameters(whole):
     path, ended = whole
     assert path.name.startswith("s5_ppo_memory__MemoryChain-bsuite__5__")
     assert {x.name for x in path.iterdir()} == {
-        *("config.json", "metrics.csv", "tensorboard", "eval.json", "checkpoint.gz")
+        *("config.json", "metrics.csv", "tensorboard", "eval.json"),
+        *("checkpoint.gz", "previous_checkpoint.gz"),
     }
     config = json.loads((path / "config.json").read_text())
     assert config["flags"] == S5.split() and config["versions"]["jax"] == jax.__version__
@@ -213,6 +214,7 @@ def interrupt(number=signal.SIGINT):
 
 class ClosedPipe(io.StringIO):
     def write(self, text):
+        self.saved = [*Path("runs").glob("*/checkpoint.gz")]  # before the first call
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
 
@@ -221,8 +223,10 @@ def test_however_it_is_stopped_the_resumed_run_is_the_one_that_was_not(
 ):
     """Below a folder whose name is a pattern. The first two are stopped before their first call."""
     cwd = tmp_path / "[exp1]"
-    ended = run(cwd, S5, err=ClosedPipe())
+    closed = ClosedPipe()
+    ended = run(cwd, S5, err=closed)
     path = run_dir(cwd)
+    assert len(closed.saved) == 1
     resume = f"--resume runs/{path.name}"
     assert ended.code == 1 and saved(path / "checkpoint.gz")["rows"] == "[]"
     assert not (path / "metrics.csv").exists()
@@ -407,9 +411,12 @@ BAD_FLAGS = {
     "no steps": ("--num-steps 0", "--num-steps"),
     "no memory length": ("--memory-length 0", "--memory-length"),
     "no seeds": ("--num-seeds 0", "--num-seeds"),
+    "no training": ("--total-timesteps -5", "--total-timesteps"),
+    "no width": ("--d-model 0", "--d-model"),
     "beyond 32 bits": (f"--total-timesteps {2**40}", "--total-timesteps"),
 }
 OWN_FLAGS = {
+    s5_ppo_memory: ("--dt-min 0.5", "--dt-max 0.1"),
     lstm_ppo: ("--max-timescale 1.5", "--max-timescale"),
     transformer_ppo: ("--key-size 7", "--key-size"),
 }
