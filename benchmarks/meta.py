@@ -43,7 +43,7 @@ SUITES = {
     "goals": (15_000_000, 128, ["--log-interval", 4]),
     "cartpole": (15_000_000, 128, ["--log-interval", 4]),
     "classic": (96_000_000, 128, []),
-    "dmc-small": (60_000_000, 128, ["--ent-coef", 0.002]),
+    "dmc-small": (120_000_000, 128, ["--ent-coef", 0.002]),
 }
 # Blocks as many and as wide as S5's, of as many units as give 1 to 6 % more parameters than S5 has.
 # The LSTM's slowest gates last as long as S5's slowest states, 2 / dt_min.
@@ -239,11 +239,12 @@ def plot(*tables):
                 mean, low, high = held_out
                 at = steps * (1.05 + 0.03 * i), mean, [[mean - low], [high - mean]]
                 above.errorbar(*at, fmt="o", markersize=4, color=COLORS[model])
-        above.set(title=suite, xlabel="steps", ylabel="score")
+        title = f"{suite}, {steps / 1e6:.0f} million steps"
+        above.set(title=title, xlabel="steps", ylabel="score")
         unit, places = places["unit"].iloc[0], places[places["split"] == "training"]
         for memory, style in (("kept", "-"), (f"wiped every {unit}", ":")):
             draw(below, places[places["memory"] == memory], "place", "mean", style)
-        below.set(title=suite, xlabel=f"{unit} of the trial")
+        below.set(title=title, xlabel=f"{unit} of the trial")
         below.set_ylabel("score" if unit == "episode" else "reward of a step")
     models = [Line2D([], [], color=color, label=model) for model, color in COLORS.items()]
     looks = {"training, range of seeds": {}, "held out, 95 %": {"marker": "o", "linestyle": ""}}
