@@ -247,6 +247,19 @@ def test_returns_are_of_one_whole_episode(played):
             total = np.where(done, 0.0, total)
 
 
+def test_discrete_actions_have_equal_parts_of_the_range(monkeypatch):
+    monkeypatch.setitem(TASKS, "car", TASKS["cartpole"]._replace(env_id="MountainCar-v0"))
+    args = Args(**SIZES, train_tasks=("car",))
+    task, (raw, params) = ProjectedTask("car", args), gymnax.make("MountainCar-v0")
+    state = task.start(KEY)[0]
+    step = jax.jit(lambda action: task.physics(KEY, state, action, {})[0].velocity)
+    asked = {-1.0: 0, -0.4: 0, -0.3: 1, 0.3: 1, 0.4: 2, 1.0: 2}
+    found = [step(jnp.array([action])) for action in asked]
+    want = [raw.step_env(KEY, state, action, params)[1].velocity for action in asked.values()]
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+    assert len({*map(float, want)}) == 3
+
+
 def test_episodes_of_a_trial_begin_alike_where_the_goal_is_hidden_and_trials_do_not():
     patch = {"point-goal": TASKS["point-goal"]._replace(episode_length=3)}
     args = Args(**SIZES, train_tasks=("point-goal",), trial_length=3)
