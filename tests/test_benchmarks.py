@@ -576,7 +576,7 @@ TINY += "--held-out-tasks cartpole"
 
 def run_meta(monkeypatch, folder, *flags):
     monkeypatch.setattr(meta, "HERE", folder)
-    monkeypatch.setitem(meta.SUITES, "cartpole", (64, 16, TINY.split()))
+    monkeypatch.setitem(meta.SUITES, "cartpole", (512, 16, [*TINY.split(), "--num-steps", 64]))
     flags = ["--suites", "cartpole", "--seeds", "3", "--runs-dir", str(folder / "cells"), *flags]
     monkeypatch.setattr(sys, "argv", ["meta.py", *flags])
     meta.main()
@@ -595,9 +595,9 @@ def test_runs_of_two_models_are_in_the_tables_as_they_report_themselves(meta_cel
     folder, (scores, curves, places) = meta_cells
     head = subprocess.getoutput(f"git -C {common.ROOT} rev-parse HEAD")[:7]
     assert (scores["commit"] == head).all()
-    assert (scores["steps"] == 64).all() and (scores["seed"] == 3).all()
+    assert (scores["steps"] == 512).all() and (scores["seed"] == 3).all()
     for model in ("S5", "LSTM"):
-        (run_dir,) = (folder / "cells" / f"cartpole-{model}-3-64" / "runs").iterdir()
+        (run_dir,) = (folder / "cells" / f"cartpole-{model}-3-512" / "runs").iterdir()
         mine, curve, place = (x[x["model"] == model] for x in (scores, curves, places))
         reported = pd.DataFrame(json.loads((run_dir / "eval.json").read_text())["second_half"])
         assert mine["task"].tolist() == reported["task"].tolist() and len(mine) == 6
@@ -608,7 +608,7 @@ def test_runs_of_two_models_are_in_the_tables_as_they_report_themselves(meta_cel
             ("held out", "cartpole"),
         }
         metrics = pd.read_csv(run_dir / "metrics.csv")
-        assert curve["step"].tolist() == metrics["global_step"].tolist() == [32, 64]
+        assert curve["step"].tolist() == metrics["global_step"].tolist() == [256, 512]
         np.testing.assert_allclose(curve["score"], metrics["charts/score"], rtol=1e-4)
         assert curve["score"].notna().any()
         episodes = pd.read_csv(run_dir / "adaptation.csv")
@@ -648,7 +648,7 @@ def test_a_finished_run_is_only_read_and_an_unfinished_one_goes_on(
     line = next(x for x in printed.splitlines() if x.startswith("|cartpole|S5|"))
     score = after[0].query("model == 'S5' and split == 'training' and memory == 'kept'")["mean"]
     assert line.split("|")[3] == f"{score.item():.2f}"  # one seed has no interval
-    assert line.split("|")[7] == "64" and line.endswith("|3|")
+    assert line.split("|")[7] == "512" and line.endswith("|3|")
 
 
 def test_a_table_gives_intervals_where_there_are_several_seeds(capsys):
