@@ -1,40 +1,31 @@
 """What a network learned in context: trials on fresh matrices, with its memory kept and wiped.
 
-    python benchmarks/adaptation.py --suite goals       # trains 6 runs: 40 minutes on one core
-    python benchmarks/adaptation.py --suite cartpole    # 25 minutes
-    python benchmarks/adaptation.py --suite classic     # 3.5 hours on one core
-    python benchmarks/adaptation.py --suite classic runs/A runs/B     # of finished runs
+    python benchmarks/meta.py --suites goals --models S5 none    # trains runs, in meta_runs/
+    python benchmarks/adaptation.py meta_runs/goals-{S5,none}-*/runs/* --out goals_adaptation
     python benchmarks/adaptation.py runs/A runs/B --out long --trial-length 32
     python benchmarks/adaptation.py runs/A --out new --held-out-tasks pendulum-heavy
 
-A suite stands for seeds 0, 1 and 2 of s5_ppo_meta.py with FLAGS, with memory and without
-(--num-layers 0), trained in runs/, where no other run may be started meanwhile. All runs are then
-evaluated with the flags given, which takes a minute or more each; the runs stay as they are. Writes
-OUT.csv, the script's adaptation.csv of each seed; OUT.png, score by episode of the trial; of
-several tasks OUT_scores.png, a dot a seed; and prints the scores over the second half of trials as
-Markdown. Of a suite, OUT is SUITE_adaptation beside this file (and SUITE_scores.png), and its rows
-of adaptation_runs.csv there are replaced. Scores: 0 the better of random actions and none, 1 a
-specialist.
+Evaluates finished runs of s5_ppo_meta.py, with S5 or without memory, with the flags given, which
+takes a minute or more each; the runs stay as they are. Writes OUT.csv, the script's adaptation.csv
+of each seed, and OUT.png, score by episode of the trial; prints the scores over the second half of
+trials as Markdown. Scores: 0 the better of random actions and none, 1 a specialist.
 """
 
 import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import jax
 import numpy as np
 import tyro
-from common import HERE, ROOT, load, read, results_of, save, train, write
+from common import load, read, save, write
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 import s5_ppo_meta
 from s5_ppo_meta import Environment, refuse
 
-LONG = ["--total-timesteps", "96000000"]
-FLAGS = {"goals": [], "cartpole": [], "classic": LONG}
 COLORS = {"kept": "C0", "wiped every episode": "C1", "wiped every step": "C2"}
 COLORS |= {"trained without": "black"}
 LOWEST = -0.6  # score at which the figures end
@@ -42,21 +33,11 @@ LOWEST = -0.6  # score at which the figures end
 
 @dataclass
 class Args:
-    runs: tyro.conf.Positional[tuple[Path, ...]] = ()  # finished runs; else a suite is trained
-    suite: Literal[tuple(FLAGS)] | None = None  # suite of s5_ppo_meta.py
-    out: Path | None = None  # files begin with this
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # finished runs
+    out: Path  # files begin with this
     held_out_tasks: tuple[str, ...] | None = None  # in place of the run's own
     eval_trials: int | None = None  # in place of the run's own
     trial_length: int | None = None  # in place of the run's own
-
-
-def train_suite(suite):
-    """Directories of six new runs."""
-    flags, run_dirs = ["--suite", suite, *FLAGS[suite]], []
-    for layers, seed in ((layers, seed) for layers in (4, 0) for seed in range(3)):
-        given = [*flags, "--seed", seed, "--num-layers", layers]
-        run_dirs.append(train("s5_ppo_meta.py", given, ROOT))
-    return run_dirs
 
 
 def evaluate(run_dir, settings):
@@ -134,77 +115,26 @@ def plot(rows, tasks, args, path):
         ax.set(title=title, xlabel="episode of the trial", ylim=(LOWEST, 1.1))
     for ax in axes[:, 0]:
         ax.set_ylabel("score")
-    save_with_legend(figure, rows, path)
-
-
-def save_with_legend(figure, rows, path):
-    present = {row["memory"] for row in rows}
     lines = [
         Line2D([], [], color=color, label=memory.replace("kept", "memory kept"))
         for memory, color in COLORS.items()
-        if memory in present
+        if any(row["memory"] == memory for row in rows)
     ]
     figure.legend(handles=lines, loc="outside lower center", ncols=2)
     save(figure, path)
 
 
-def plot_scores(rows, tasks, held_out, path):
-    """Score over the second half of a trial: a row a task, a dot a seed."""
-    tasks = sorted(tasks, key=lambda task: task in held_out)
-    figure = Figure(figsize=(7, 0.34 * len(tasks) + 1.4), layout="constrained")
-    ax = figure.subplots()
-    for i, (memory, color) in enumerate(COLORS.items()):
-        for place, task in enumerate(tasks, start=1):
-            score = pick(rows, task, memory, "mean", half=True).ravel()
-            y = np.full(len(score), place + 0.16 * (i - 1.5))
-            ax.plot(np.maximum(score, LOWEST), y, "o", color=color, markersize=5)
-            below = score < LOWEST  # a triangle where a dot lies further left
-            ax.plot(np.full(below.sum(), LOWEST), y[below], "<", color=color, markersize=8)
-    border = sum(task not in held_out for task in tasks) + 0.5
-    if border < len(tasks):
-        ax.axhline(border, color="black", linewidth=0.8)
-        ax.text(LOWEST + 0.02, border + 0.1, "held out:", va="top", fontsize="small")
-    for score in (0, 1):
-        ax.axvline(score, color="grey", linestyle=":", linewidth=1)
-    ax.set_yticks(range(1, len(tasks) + 1), tasks)
-    ax.invert_yaxis()
-    ax.set(xlim=(LOWEST - 0.05, 1.1), xlabel="score: 0 random actions or none, 1 a specialist")
-    save_with_legend(figure, rows, path)
-
-
-def table_row(run_dir, suite, args):
-    """A row of adaptation_runs.csv."""
-    config, results = results_of(run_dir)
-    row = {"suite": suite, "seed": args.seed, "num_layers": args.num_layers}
-    row |= {"steps": args.num_updates * args.batch_size, "device": config["device"]}
-    row |= {"trained_after": round(results["trained_after"]), "run": run_dir.name}
-    row |= {"steps_per_second": results["steps_per_second"], "commit": config["git_commit"][:7]}
-    return row | {"command": " ".join(["s5_ppo_meta.py", *map(str, config["flags"])])}
-
-
 def main():
     args = tyro.cli(Args, description=__doc__)
-    if not args.suite and not (args.runs and args.out):
-        sys.exit("error: name a --suite, or finished runs and --out")
-    out = args.out or HERE / f"{args.suite}_adaptation"
+    if not args.runs:
+        sys.exit("error: name finished runs")
     names = ("held_out_tasks", "eval_trials", "trial_length")
     settings = {name: x for name in names if (x := getattr(args, name)) is not None}
-    run_dirs = args.runs or train_suite(args.suite)
-    evaluated = [evaluate(run_dir, settings) for run_dir in run_dirs]
+    evaluated = [evaluate(run_dir, settings) for run_dir in args.runs]
     rows, last = [row for _, rows in evaluated for row in rows], evaluated[-1][0]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    if args.suite and not args.out:
-        table = HERE / "adaptation_runs.csv"
-        kept = [row for row in read(table) if row["suite"] != args.suite]
-        new = [
-            table_row(run, args.suite, x) for run, (x, _) in zip(run_dirs, evaluated, strict=True)
-        ]
-        write(table, kept + new)
-    write(out.with_name(f"{out.name}.csv"), rows)
-    plot(rows, tasks, last, out.with_name(f"{out.name}.png"))
-    if len(tasks) > 1:
-        name = f"{out.name.removesuffix('_adaptation')}_scores.png"
-        plot_scores(rows, tasks, last.held_out_tasks, out.with_name(name))
+    write(args.out.with_name(f"{args.out.name}.csv"), rows)
+    plot(rows, tasks, last, args.out.with_name(f"{args.out.name}.png"))
     print_table(rows, tasks, last.held_out_tasks)
 
 

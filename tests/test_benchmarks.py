@@ -123,9 +123,7 @@ def test_finished_runs_are_evaluated_anew_seed_by_seed_and_stay_as_they_are(
             assert adaptation.pick(rows, task, memory, "ci95", half=True).shape == (2, 1)
     tasks = ["cartpole-positions", "cartpole"]
     adaptation.plot(rows, tasks, args, tmp_path / "curves.png")
-    adaptation.plot_scores(rows, tasks, args.held_out_tasks, tmp_path / "scores.png")
-    for name in ("curves", "scores"):
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_columns_of_seeds_end_where_the_shortest_does(capsys):
