@@ -141,6 +141,12 @@ def test_columns_of_seeds_end_where_the_shortest_does(capsys):
     assert "| pole | 0.25 0.75 | – | – | – |" in capsys.readouterr().out
 
 
+def test_without_a_run_there_is_nothing_to_evaluate(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["adaptation.py", "--out", "nowhere"])
+    with pytest.raises(SystemExit, match="finished runs"):
+        adaptation.main()
+
+
 def test_a_film_shows_each_step_of_the_trial():
     args = s5_ppo_meta.Args(suite="classic", train_tasks=("reacher",), held_out_tasks=(), **SMALL)
     env = watch.Filmed(args.train_tasks, args, trials_end=False)
