@@ -8,7 +8,7 @@ so that PPO learns from whole rollouts in which episodes begin and end.
     python s5_ppo_memory.py                        # remember 128 steps
     python s5_ppo_memory.py --memory-length 1024 --total-timesteps 2500000     # a minute
     python s5_ppo_memory.py --memory-length 4096   # rollouts, run and time steps follow from it
-    python s5_ppo_memory.py --env-id CartPole-v1 --seen 0 2 --dt-max 2    # any gymnax task
+    python s5_ppo_memory.py --env-id CartPole-v1 --seen 0 2 --noise-std 0.3   # any gymnax task
     python s5_ppo_memory.py --env-id RepeatPrevious --memory-length 64 --min-memory-length 64
     python s5_ppo_memory.py --resume runs/RUN      # goes on after Ctrl-C or a kill
 
@@ -85,11 +85,11 @@ class Args:
     d_model: int = 64  # D, width of the blocks
     state_size: int = 32  # P, complex states of a block
     dt_min: float | None = None  # smallest initial time step; None: 0.01 / MEMORY_LENGTH
-    dt_max: float | None = None  # largest initial time step; None: 10 x DT_MIN
+    dt_max: float = 0.1  # largest initial time step
     frequency_scale: float = 0.0  # times HiPPO's frequencies; 0: states decay, but do not turn
-    layer_norm: bool = False  # normalise what each S5 layer sees, in place of a ReLU
+    layer_norm: bool = False  # normalise what each block sees
     state_coef: float = 0.3  # weight of the penalty on the states' mean square
-    sparsity_coef: float = 0.03  # weight of a penalty on input that is even over time
+    sparsity_coef: float = 0.03  # weight of a penalty on states that are fed evenly over time
     zoh: bool = False  # scale the input by zero-order hold, as the paper does, not to unit variance
 
     # ---- actor and critic
@@ -124,10 +124,8 @@ class Args:
             raise ValueError(f"--noise-std {self.noise_std} is no standard deviation")
         if self.num_envs % (self.num_minibatches * self.num_devices):
             raise ValueError("--num-envs is no multiple of --num-minibatches x --num-devices")
-        if self.dt_min is None:  # states last 20 to 200 times as long as the longest memory
+        if self.dt_min is None:  # the slowest states last 200 times as long as the longest memory
             self.dt_min = 0.01 / self.memory_length
-        if self.dt_max is None:
-            self.dt_max = 10 * self.dt_min
         if not 0 < self.dt_min <= self.dt_max < np.inf:
             raise ValueError(f"--dt-min {self.dt_min}, --dt-max {self.dt_max} are no range")
         if self.num_updates * self.update_epochs * self.num_minibatches >= 2**31:
@@ -365,10 +363,11 @@ class S5(nn.Module):
         penalty = 0.0
         if self.args.state_coef:
             penalty += self.args.state_coef * jnp.square(jnp.abs(states)).mean()
-        # Mean over root mean square of each input (Hoyer 2004): 1 if it is the same at every step,
-        # near 0 if it comes at few. So a trickle costs, however small; behind a ReLU it can stop.
+        # Mean over root mean square, of what enters a state (Hoyer 2004): 1 if that is the same at
+        # every step, near 0 if it comes at few. So a trickle costs, however small.
         if self.args.sparsity_coef:
-            evenness = jnp.abs(u).mean(0) / jnp.sqrt(jnp.square(u).mean(0) + 1e-12)
+            inflow = jnp.abs(bu)
+            evenness = inflow.mean((0, 1)) / jnp.sqrt(jnp.square(inflow).mean((0, 1)) + 1e-12)
             penalty += self.args.sparsity_coef * evenness.mean()
         self.sow("intermediates", "penalty", penalty)
         x = states.reshape(T * N, P)
@@ -377,7 +376,7 @@ class S5(nn.Module):
 
 
 class SequenceModel(nn.Module):
-    """Residual blocks: ReLU or, with --layer-norm, LayerNorm; S5, GELU, gated linear unit.
+    """Residual blocks: a LayerNorm, if asked for, S5, GELU, gated linear unit.
 
     carry: a tuple of S5 states, one a block. Call with x (T, N, D), reset (T, N); returns carry and
     y (T, N, D). T is 1 when acting and num_steps when learning; both give the same y.
@@ -390,7 +389,7 @@ class SequenceModel(nn.Module):
         T, N, D = x.shape
         next_carry = []
         for state in carry:  # one a block, of which there are num_layers
-            u = nn.LayerNorm()(x) if self.args.layer_norm else nn.relu(x)
+            u = nn.LayerNorm()(x) if self.args.layer_norm else x
             state, y = S5(self.args)(state, u, reset)
             y = nn.gelu(y).reshape(T * N, D)
             x = x + (y * nn.sigmoid(nn.Dense(D)(y))).reshape(T, N, D)

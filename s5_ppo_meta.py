@@ -204,9 +204,9 @@ class Args:
     dt_min: float = 0.001  # smallest initial time step; the slowest states last 2 / DT_MIN steps
     dt_max: float = 2.0  # largest initial time step; the fastest states last 2 / DT_MAX steps
     frequency_scale: float = 1.0  # times HiPPO's frequencies; 0: states decay, but do not turn
-    layer_norm: bool = True  # normalise what each S5 layer sees, in place of a ReLU
+    layer_norm: bool = True  # normalise what each block sees
     state_coef: float = 0.0  # weight of the penalty on the states' mean square
-    sparsity_coef: float = 0.0  # weight of a penalty on input that is even over time
+    sparsity_coef: float = 0.0  # weight of a penalty on states that are fed evenly over time
     zoh: bool = False  # scale the input by zero-order hold, as the paper does, not to unit variance
 
     # ---- actor and critic
@@ -609,10 +609,11 @@ class S5(nn.Module):
         penalty = 0.0
         if self.args.state_coef:
             penalty += self.args.state_coef * jnp.square(jnp.abs(states)).mean()
-        # Mean over root mean square of each input (Hoyer 2004): 1 if it is the same at every step,
-        # near 0 if it comes at few. So a trickle costs, however small; behind a ReLU it can stop.
+        # Mean over root mean square, of what enters a state (Hoyer 2004): 1 if that is the same at
+        # every step, near 0 if it comes at few. So a trickle costs, however small.
         if self.args.sparsity_coef:
-            evenness = jnp.abs(u).mean(0) / jnp.sqrt(jnp.square(u).mean(0) + 1e-12)
+            inflow = jnp.abs(bu)
+            evenness = inflow.mean((0, 1)) / jnp.sqrt(jnp.square(inflow).mean((0, 1)) + 1e-12)
             penalty += self.args.sparsity_coef * evenness.mean()
         self.sow("intermediates", "penalty", penalty)
         x = states.reshape(T * N, P)
@@ -621,7 +622,7 @@ class S5(nn.Module):
 
 
 class SequenceModel(nn.Module):
-    """Residual blocks: ReLU or, with --layer-norm, LayerNorm; S5, GELU, gated linear unit.
+    """Residual blocks: a LayerNorm, if asked for, S5, GELU, gated linear unit.
 
     carry: a tuple of S5 states, one a block. Call with x (T, N, D), reset (T, N); returns carry and
     y (T, N, D). T is 1 when acting and num_steps when learning; both give the same y.
@@ -634,7 +635,7 @@ class SequenceModel(nn.Module):
         T, N, D = x.shape
         next_carry = []
         for state in carry:  # one a block, of which there are num_layers
-            u = nn.LayerNorm()(x) if self.args.layer_norm else nn.relu(x)
+            u = nn.LayerNorm()(x) if self.args.layer_norm else x
             state, y = S5(self.args)(state, u, reset)
             y = nn.gelu(y).reshape(T * N, D)
             x = x + (y * nn.sigmoid(nn.Dense(D)(y))).reshape(T, N, D)

@@ -227,14 +227,13 @@ def test_no_gradient_step_makes_the_carry_grow_without_bound():
 
 
 @pytest.mark.parametrize("length", [4, 128, 4096])
-def test_states_keep_most_of_themselves_for_32_times_the_longest_question_or_4_times(length):
+def test_the_slowest_states_keep_most_of_themselves_for_32_times_the_longest_question(length):
     args = Args(memory_length=length)
     assert 0.8 < np.exp(-0.5 * args.dt_min * 32 * length) < 0.99  # their decay is dt / 2 a step
-    assert 0.8 < np.exp(-0.5 * args.dt_max * 4 * length) < 0.99
 
 
 @pytest.mark.parametrize("coefs", [(0.5, 0.0), (0.0, 0.2)])
-def test_the_penalties_are_of_states_and_of_input_that_is_even(coefs):
+def test_the_penalties_are_of_states_and_of_what_enters_them(coefs):
     T, N, D, P = 7, 3, 4, 2
     args = Args(d_model=D, state_size=P, state_coef=coefs[0], sparsity_coef=coefs[1])
     u = jax.random.normal(jax.random.PRNGKey(0), (T, N, D))
@@ -242,12 +241,14 @@ def test_the_penalties_are_of_states_and_of_input_that_is_even(coefs):
     params = S5(args).init(jax.random.PRNGKey(1), zeros, u, reset)
     assert {*params} == {"params"}
     _, sown = S5(args).apply(params, zeros, u, reset, mutable="intermediates")
-    state, states = zeros, []
+    state, states, entered = zeros, [], []
     for t in range(T):
         state, _ = S5(args).apply(params, state, u[t : t + 1], reset[t : t + 1])
+        alone, _ = S5(args).apply(params, zeros, u[t : t + 1], reset[t : t + 1])
         states.append(np.abs(np.array(state)))
-    size = np.abs(np.array(u)).reshape(T * N, D)  # an input's mean over its root mean square
-    evenness = (size.mean(0) / np.sqrt((size**2).mean(0))).mean()
+        entered.append(np.abs(np.array(alone)))
+    entered = np.reshape(entered, (T * N, P))  # a state's mean over its root mean square
+    evenness = (entered.mean(0) / np.sqrt((entered**2).mean(0))).mean()
     (penalty,) = jax.tree.leaves(sown)
     expected = args.state_coef * np.mean(np.square(states)) + args.sparsity_coef * evenness
     assert penalty == pytest.approx(expected, rel=1e-5)
