@@ -715,8 +715,7 @@ class ActorCritic(nn.Module):
         change = jnp.where(forget, 0.0, outcome[1:] - outcome[:-1])
         seen = [obs, *direction_and_size(change[..., :p]), *direction_and_size(change[..., p:])]
         if self.args.inner_products:
-            previous = jnp.where(new_episode[..., None], 0.0, obs[..., p : p + A + 1])
-            weights = jnp.ones_like(obs[..., :1]), previous, change[..., p:]
+            weights = jnp.ones_like(obs[..., :1]), obs[..., p : p + A + 1], change[..., p:]
             inputs = obs[..., :p], change[..., :p], jnp.concatenate(weights, axis=-1)
             sums, products = inner_products(sums, *inputs, reset | no_memory)
             sums, seen = sums[-1], [*seen, products]

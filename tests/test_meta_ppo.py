@@ -378,9 +378,7 @@ def test_the_encoder_sees_the_change_within_an_episode_if_there_is_a_memory(
         size = np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-8)
         expected += [x / size, np.log(size) / 3 + 1]
     if with_products:
-        previous = obs[..., O : O + A + 1].copy()
-        previous[3, 1] = 0  # what was done in the episode before led elsewhere
-        weights = np.ones((T, M, 1)), previous, change[..., -1:]
+        weights = np.ones((T, M, 1)), obs[..., O : O + A + 1], change[..., -1:]
         inputs = obs[..., :O], change[..., :-1], np.concatenate(weights, axis=-1)
         kept, products = inner_products(sums, *inputs, reset)
         np.testing.assert_allclose(next_sums, kept[-1], rtol=1e-4, atol=1e-5)
