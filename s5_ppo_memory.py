@@ -16,9 +16,9 @@ Expect 1.00 in MemoryChain, all answers right, to twice the trained length, most
 Departures from the paper:
 - Every episode draws a memory length from --min-memory-length to --memory-length: short questions
   teach the long ones. With both equal it is the paper's task.
-- So that S5 also remembers for longer than it was trained to: the size of its states costs, and
-  input at every step rather than at few; it sees no constant input (no biases before it, no
-  normalisation); and its states do not turn at first.
+- So that S5 also remembers for longer than it was trained to: half of its states hardly decay, and
+  none turns at first; their size costs, and input at every step rather than at few; that input is
+  no constant (no biases before it, no normalisation), and a ReLU can hold it at zero.
 - PPO on many environments, not A2C on one.
 - A reset zeroes the state's transition for that step: the paper's operator with one element less.
 - The input is scaled to unit variance (Orvieto et al. 2023); --zoh has the paper's zero-order hold.
@@ -84,12 +84,13 @@ class Args:
     num_layers: int = 2  # S5 blocks; 0 is the network without memory
     d_model: int = 64  # D, width of the blocks
     state_size: int = 32  # P, complex states of a block
-    dt_min: float | None = None  # smallest initial time step; None: 0.01 / MEMORY_LENGTH
+    dt_slow: float | None = None  # initial time step of half the states; None: 0.02 / MEMORY_LENGTH
+    dt_min: float = 0.02  # smallest initial time step of the others, or of all if DT_SLOW is 0
     dt_max: float = 0.1  # largest initial time step
     frequency_scale: float = 0.0  # times HiPPO's frequencies; 0: states decay, but do not turn
-    layer_norm: bool = False  # normalise what each block sees
+    layer_norm: bool = False  # normalise what each S5 layer sees, in place of a ReLU
     state_coef: float = 0.3  # weight of the penalty on the states' mean square
-    sparsity_coef: float = 0.03  # weight of a penalty on states that are fed evenly over time
+    sparsity_coef: float = 0.03  # weight of the penalty on input that is even over time
     zoh: bool = False  # scale the input by zero-order hold, as the paper does, not to unit variance
 
     # ---- actor and critic
@@ -124,10 +125,12 @@ class Args:
             raise ValueError(f"--noise-std {self.noise_std} is no standard deviation")
         if self.num_envs % (self.num_minibatches * self.num_devices):
             raise ValueError("--num-envs is no multiple of --num-minibatches x --num-devices")
-        if self.dt_min is None:  # the slowest states last 200 times as long as the longest memory
-            self.dt_min = 0.01 / self.memory_length
+        if self.dt_slow is None:  # these last 100 times as long as the longest memory
+            self.dt_slow = 0.02 / self.memory_length
         if not 0 < self.dt_min <= self.dt_max < np.inf:
             raise ValueError(f"--dt-min {self.dt_min}, --dt-max {self.dt_max} are no range")
+        if not 0 <= self.dt_slow < np.inf:
+            raise ValueError(f"--dt-slow {self.dt_slow} is no time step")
         if self.num_updates * self.update_epochs * self.num_minibatches >= 2**31:
             raise ValueError(f"--total-timesteps {self.total_timesteps} needs 2^31 gradient steps")
 
@@ -344,7 +347,10 @@ class S5(nn.Module):
         frequency = self.param("frequency", lambda _: jnp.asarray(turns, jnp.float32))
         b, c = self.param("B", init_b), self.param("C", init_c)
         d = self.param("D", nn.initializers.normal(1.0), (D,))
-        span = {"minval": np.log(self.args.dt_min), "maxval": np.log(self.args.dt_max)}
+        low, high = np.full(P, self.args.dt_min), np.full(P, self.args.dt_max)
+        if self.args.dt_slow:  # slow states keep; fast ones learn first, and soon forget
+            low[::2] = high[::2] = self.args.dt_slow
+        span = {"minval": np.log(low), "maxval": np.log(high)}
         dt = jnp.exp(self.param("log_dt", lambda key: jax.random.uniform(key, (P,), **span)))
 
         lam = jax.lax.complex(-jnp.exp(log_decay), frequency)
@@ -363,12 +369,12 @@ class S5(nn.Module):
         penalty = 0.0
         if self.args.state_coef:
             penalty += self.args.state_coef * jnp.square(jnp.abs(states)).mean()
-        # Mean over root mean square, of what enters a state (Hoyer 2004): 1 if that is the same at
-        # every step, near 0 if it comes at few. So a trickle costs, however small.
+        # Mean over root mean square of the input's size (Hoyer 2004): 1 if that is the same at
+        # every step, near 0 if it comes at few. So a trickle costs, however small it is.
         if self.args.sparsity_coef:
-            inflow = jnp.abs(bu)
-            evenness = inflow.mean((0, 1)) / jnp.sqrt(jnp.square(inflow).mean((0, 1)) + 1e-12)
-            penalty += self.args.sparsity_coef * evenness.mean()
+            size = jnp.abs(u).mean(1)  # (T N,)
+            evenness = size.mean() / jnp.sqrt(jnp.square(size).mean() + 1e-12)
+            penalty += self.args.sparsity_coef * evenness
         self.sow("intermediates", "penalty", penalty)
         x = states.reshape(T * N, P)
         y = 2 * jnp.concatenate([x.real, x.imag], axis=1) @ c + d * u  # (T N, D)
@@ -376,7 +382,7 @@ class S5(nn.Module):
 
 
 class SequenceModel(nn.Module):
-    """Residual blocks: a LayerNorm, if asked for, S5, GELU, gated linear unit.
+    """Residual blocks: ReLU or, with --layer-norm, LayerNorm; S5, GELU, gated linear unit.
 
     carry: a tuple of S5 states, one a block. Call with x (T, N, D), reset (T, N); returns carry and
     y (T, N, D). T is 1 when acting and num_steps when learning; both give the same y.
@@ -389,7 +395,7 @@ class SequenceModel(nn.Module):
         T, N, D = x.shape
         next_carry = []
         for state in carry:  # one a block, of which there are num_layers
-            u = nn.LayerNorm()(x) if self.args.layer_norm else x
+            u = nn.LayerNorm()(x) if self.args.layer_norm else nn.relu(x)
             state, y = S5(self.args)(state, u, reset)
             y = nn.gelu(y).reshape(T * N, D)
             x = x + (y * nn.sigmoid(nn.Dense(D)(y))).reshape(T, N, D)

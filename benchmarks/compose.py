@@ -16,7 +16,8 @@ from pathlib import Path
 SECTION = re.compile(r"# ==== Sequence model.*?(?=\n# ==== )", re.DOTALL)
 FLAGS = re.compile(r"    # ---- sequence model\n(.*?)\n\n", re.DOTALL)
 # What a memory script derives from its memory length, where the task has none.
-DEFAULTS = {"dt_min": "0.001", "max_timescale": "2000.0", "context_length": "256"}
+DEFAULTS = {"dt_slow": "0.0", "dt_min": "0.001", "dt_max": "2.0"}
+DEFAULTS |= {"max_timescale": "2000.0", "context_length": "256"}
 FLAG = re.compile(r"    (\w+): (.+?) = (.+?)  (# .+)")
 
 

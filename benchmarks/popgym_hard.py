@@ -62,7 +62,7 @@ MEMORY = "--observe-action --eval-episodes 64"  # of the memory scripts
 META = "--eval-trials 64"  # of s5_ppo_meta.py
 # S5 as in s5_ppo_meta.py: a memory of what was when needs states that turn.
 S5 = "--state-size 128 --layer-norm --frequency-scale 1 --state-coef 0 --sparsity-coef 0"
-S5 += " --dt-min 0.001 --dt-max 2"
+S5 += " --dt-slow 0 --dt-min 0.001 --dt-max 2"
 MODELS = {
     "S5": ("s5_ppo_memory.py", f"--num-layers 2 {S5}"),
     "LSTM": ("lstm_ppo.py", "--num-layers 2 --hidden-size 60 --max-timescale 2000"),

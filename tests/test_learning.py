@@ -14,7 +14,7 @@ SMALL = {"memory_length": 8, "d_model": 16, "encoder_size": 16, "head_size": 16,
 SMALL |= {"num_envs": 16, "num_steps": 64, "num_minibatches": 2, "learning_rate": 3e-3}
 SMALL |= {"total_timesteps": 40_000, "eval_episodes": 256}
 MODELS = {
-    s5_ppo_memory: {"state_size": 8, "dt_min": 0.01},
+    s5_ppo_memory: {"state_size": 8},
     lstm_ppo: {"hidden_size": 16, "max_timescale": 20.0},
     transformer_ppo: {"context_length": 10, "num_heads": 1, "mlp_size": 16},
 }

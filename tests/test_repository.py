@@ -54,7 +54,7 @@ def test_flags_imports_and_constants_differ_in_the_sequence_model_only(name):
         return before, rest.split("    # ---- actor and critic")[1]
 
     # What the model's flags follow from, and what is refused of them, stands behind the flags.
-    own = {"s5_ppo_memory": "dt_min", "lstm_ppo": "max_timescale"}
+    own = {"s5_ppo_memory": "dt_(slow|min|max)", "lstm_ppo": "max_timescale"}
     own |= {"transformer_ppo": "context_length|key.size"}
 
     def common(name):
@@ -117,7 +117,7 @@ def test_no_line_is_over_100_columns_and_no_function_over_100_lines(name):
 
 @pytest.mark.xfail(
     strict=False,
-    reason="for now: s5_ppo_memory 786, lstm_ppo 709, transformer_ppo 776, s5_ppo_meta 1182 lines",
+    reason="for now: s5_ppo_memory 792, lstm_ppo 709, transformer_ppo 776, s5_ppo_meta 1188 lines",
 )
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_is_short_enough_to_be_read(name):
