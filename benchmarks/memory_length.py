@@ -33,7 +33,7 @@ PAPER = {
     "LSTM": (1, 1, 0.85, 0.5, 0.1, 0.2, 0.35, 0.25, -0.05, 0.1),
     "Transformer": (1, 1, 1, 0.75, 1, 1, 1, 0.7, -0.25, 0.05),  # self-attention
 }
-LENGTHS, FACTORS = tuple(2**n for n in range(2, 13)), (0.5, 1, 2, 4, 8, 16, 32)
+LENGTHS, FACTORS = tuple(2**n for n in range(2, 13)), (0.5, 1, 2, 4, 8, 16, 32, 64)
 SCRIPTS = {"S5": "s5_ppo_memory", "LSTM": "lstm_ppo", "Transformer": "transformer_ppo"}
 ONE_LENGTH, SPREAD = HERE / "memory_length.csv", HERE / "memory_generalisation.csv"
 KEY = ["model", "trained", "asked", "seed"]
