@@ -107,7 +107,7 @@ def plot(path, one_length, spread):
             ax.axhline(0, color="grey", linewidth=1, linestyle=":")
             ax.set_xscale("log", base=2)
             ax.set_xticks(LENGTHS[::2], LENGTHS[::2])
-            ax.set(xlim=(3.4, 4900), xlabel="memory length, steps")
+            ax.set(xlim=(3.4, 9800), xlabel="memory length, steps")
             ax.set(ylabel="mean return", yticks=(0, 0.5, 1), ylim=(-0.4, 1.1))
         save(figure, path)
 
