@@ -327,7 +327,7 @@ def test_runs_are_asked_and_new_rows_replace_those_of_their_cell(monkeypatch, tm
     table = pd.read_csv(path)
     lstm, s5 = (table[table.model == model] for model in ("LSTM", "S5"))
     assert lstm.greedy_return.tolist() == [5.0]
-    lengths = [2] if one_length else [1, 2, 4, 8, 16, 32, 64]
+    lengths = [2] if one_length else [1, 2, 4, 8, 16, 32, 64, 128]
     asked = [(length, seed) for length in lengths for seed in (0, 1)]
     assert list(zip(s5.asked, s5.seed, strict=True)) == asked
     assert s5.greedy_return.between(-1, 1).all()  # of whole episodes: odd of 16
