@@ -25,6 +25,7 @@ import common
 import compose
 import first_minute
 import gpu
+import memory_ablations
 import memory_length
 import meta
 import pendulum_optimum
@@ -263,6 +264,46 @@ def test_every_patch_applies_and_makes_another_program(tmp_path):
 
 
 # ---- memory
+def test_every_variant_of_the_memory_script_is_another_program(tmp_path):
+    programs = []
+    for i, variant in enumerate(memory_ablations.PATCHES):
+        path = tmp_path / f"memory_{i}.py"
+        path.write_text(memory_ablations.patched(variant))
+        script = module_of(path)
+        args = tyro.cli(script.Args, args=map(str, memory_ablations.FLAGS.get(variant, [])))
+        carry = script.SequenceModel(args).initial_carry(1)
+        inputs = jax.random.PRNGKey(0), carry, jnp.zeros((1, 1, 4)), jnp.ones((1, 1), bool)
+        network = jax.make_jaxpr(script.ActorCritic(args, 2).init)(*inputs)
+        programs.append((vars(args), str(network)))
+    assert all(programs.count(program) == 1 for program in programs)
+
+
+def test_a_variant_has_a_row_a_seed_and_the_table_counts_those_that_are_all_right(
+    monkeypatch, tmp_path, capsys
+):
+    def run(command, cwd, check):
+        run_dir = Path(cwd, "runs", "run")
+        run_dir.mkdir(parents=True)
+        returns = {128 * factor: [1.0, 1.0, 1.0, 0.5, -1.0] for factor in (1, 2, 4, 8, 16, 32)}
+        returns |= {8192: [0.0, 1.0, 0.0, 0.0, 0.0]}
+        results = {"mean_return": returns, "trained_after": 9.6}
+        (run_dir / "eval.json").write_text(json.dumps(results))
+        (run_dir / "config.json").write_text("{}")
+        (run_dir / "metrics.csv").write_text("charts/SPS\n5.0\n")
+        assert "(1, 2, 4, 8, 16, 32, 64) if" in Path(command[1]).read_text()
+
+    monkeypatch.setattr(memory_ablations, "subprocess", Mock(run=run))
+    monkeypatch.setattr(memory_ablations, "made_by", dict)
+    monkeypatch.setattr(memory_ablations, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["memory_ablations.py", "--variants", "one block", "no ReLU"])
+    memory_ablations.main()
+    memory_ablations.main()  # again: its rows are replaced
+    table = pd.read_csv(tmp_path / "memory_ablations.csv")
+    assert table.seed.tolist() == 2 * [20, 21, 22, 23, 24]
+    assert table["8192"].tolist() == 2 * [0, 1, 0, 0, 0]
+    assert capsys.readouterr().out.splitlines()[-1].endswith("3     3     3     1")
+
+
 @pytest.mark.parametrize("length", memory_length.LENGTHS)
 def test_every_model_gets_as_many_steps_and_a_rollout_holds_an_episode(length):
     steps = set()
