@@ -17,11 +17,11 @@ Departures from the paper:
 - Every episode draws a memory length from --min-memory-length to --memory-length: short questions
   teach the long ones. With both equal it is the paper's task.
 - So that S5 also remembers for longer than it was trained to: half of its states hardly decay, and
-  none turns at first; their size costs, and input at every step rather than at few; that input is
-  no constant (no biases before it, no normalisation), and a ReLU can hold it at zero.
+  none turns at first; penalties keep its states small and its input rare; no bias of the encoder
+  and no normalisation feeds it a constant.
 - PPO on many environments, not A2C on one.
 - A reset zeroes the state's transition for that step: the paper's operator with one element less.
-- The input is scaled to unit variance (Orvieto et al. 2023); --zoh has the paper's zero-order hold.
+- Input is scaled for states of unit variance (Orvieto et al. 2023), not by zero-order hold (--zoh).
 - The agent also sees its previous reward, and a flag at the start of an episode. It does not see
   its previous action, in which it could hand the cue on without any memory (--observe-action).
 """
@@ -65,7 +65,7 @@ class Args:
     num_devices: int = 1  # GPUs, or other devices of JAX, that share each seed's environments
     total_timesteps: int | None = None  # steps of a seed, at least; None: 4,000 x MEMORY_LENGTH
     log_interval: int = 10  # updates in one jitted call, and in one row of metrics.csv
-    checkpoint_interval: int = 60  # seconds between saves, of metrics too; the end is always saved
+    checkpoint_interval: int = 60  # seconds between saves, of metrics too; it also saves as it ends
     resume: Path | None = None  # run directory to go on with; flags given beside it replace its own
     track: bool = False  # send the metrics to Weights & Biases too, to project WANDB_PROJECT
     tf32: bool = False  # let NVIDIA GPUs use TF32; acting and learning then differ by about 1e-3
@@ -76,7 +76,7 @@ class Args:
     min_memory_length: int = 4  # shortest; every episode draws its own, between the two
     observe_action: bool = False  # show the last action: in MemoryChain it can carry the cue on
     seen: tuple[int, ...] = ()  # entries of the observation that the agent sees; none named: all
-    noise_std: float = 0.0  # of the Gaussian noise on these, which are then clipped to their bounds
+    noise_std: float = 0.0  # of Gaussian noise on these, which are then clipped to their bounds
     env_params: dict[str, float] = field(default_factory=dict)  # other EnvParams: NAME VALUE ...
     eval_episodes: int = 128  # greedy episodes of each seed and length, at the end
 
@@ -91,7 +91,7 @@ class Args:
     layer_norm: bool = False  # normalise what each S5 layer sees, in place of a ReLU
     state_coef: float = 0.3  # weight of the penalty on the states' mean square
     sparsity_coef: float = 0.03  # weight of the penalty on input that is even over time
-    zoh: bool = False  # scale the input by zero-order hold, as the paper does, not to unit variance
+    zoh: bool = False  # scale S5's input by zero-order hold, as the paper does
 
     # ---- actor and critic
     encoder_size: int = 128  # hidden units of the observation encoder
@@ -99,7 +99,7 @@ class Args:
 
     # ---- PPO
     num_envs: int = 32  # N, parallel environments
-    num_steps: int | None = None  # T, of a rollout; gradients reach so far; None: 2 MEMORY_LENGTH
+    num_steps: int | None = None  # T, of a rollout, and for gradients; None: 2 MEMORY_LENGTH
     num_minibatches: int = 4  # minibatches of a pass over the rollout, each of whole environments
     update_epochs: int = 4  # passes over each rollout
     learning_rate: float = 1e-3  # step size of Adam
@@ -240,10 +240,10 @@ class Environment:
         return jnp.concatenate([obs, previous, reset[:, None]], axis=1).astype(jnp.float32)
 
     def draw_lengths(self, key, num_envs):
-        """Memory lengths (N,) of episodes: short ones teach the long ones; more are long."""
+        """Memory lengths (N,) of episodes, spread by their logarithm: the short teach the long."""
         longest = self.args.memory_length
         shortest = min(self.args.min_memory_length, longest)
-        share = jnp.sqrt(jax.random.uniform(key, (num_envs,)))  # the root: more long than short
+        share = jnp.sqrt(jax.random.uniform(key, (num_envs,)))  # the root: long rather than short
         return (shortest * (longest / shortest) ** share).round().astype(jnp.int32)
 
     def reset(self, key, num_envs, memory_length=None):
@@ -321,7 +321,7 @@ class S5(nn.Module):
 
     In steps of dt: x_t = a_bar x_{t-1} + scale B u_t with a_bar = exp(Lambda dt); Lambda is
     diagonal, and every state has its own dt. Call with state (N, P) complex64, u (T, N, D), reset
-    (T, N) bool; returns the last state and y (T, N, D). Sows the penalty that the loss adds.
+    (T, N) bool; returns the last state and y (T, N, D). `sow` hands its penalty to ppo_loss.
     """
 
     args: Args
@@ -348,7 +348,7 @@ class S5(nn.Module):
         b, c = self.param("B", init_b), self.param("C", init_c)
         d = self.param("D", nn.initializers.normal(1.0), (D,))
         low, high = np.full(P, self.args.dt_min), np.full(P, self.args.dt_max)
-        if self.args.dt_slow:  # slow states keep; fast ones learn first, and soon forget
+        if self.args.dt_slow:  # every second state keeps; the others soon forget, but learn first
             low[::2] = high[::2] = self.args.dt_slow
         span = {"minval": np.log(low), "maxval": np.log(high)}
         dt = jnp.exp(self.param("log_dt", lambda key: jax.random.uniform(key, (P,), **span)))
@@ -356,7 +356,7 @@ class S5(nn.Module):
         lam = jax.lax.complex(-jnp.exp(log_decay), frequency)
         a_bar = jnp.exp(lam * dt)  # (P,)
         # White input of variance 1 gives states of variance scale^2 / (1 - |a_bar|^2): one, if not
-        # --zoh, however slow they are. Zero-order hold scales by about dt, and a lone cue drowns.
+        # --zoh, however slow they are. Zero-order hold scales by about dt: a lone cue is lost.
         scale = (a_bar - 1) / lam if self.args.zoh else jnp.sqrt(-jnp.expm1(2 * lam.real * dt))
 
         # Products see T and N as one axis: a gradient summed over two takes three times as long.
@@ -369,8 +369,8 @@ class S5(nn.Module):
         penalty = 0.0
         if self.args.state_coef:
             penalty += self.args.state_coef * jnp.square(jnp.abs(states)).mean()
-        # Mean over root mean square of the input's size (Hoyer 2004): 1 if that is the same at
-        # every step, near 0 if it comes at few. So a trickle costs, however small it is.
+        # Mean over root mean square of the input's size (Hoyer 2004): 1 if it is even, 0.1 if all
+        # comes at a hundredth of the steps. To shrink it all does not help: the rest has to stop.
         if self.args.sparsity_coef:
             size = jnp.abs(u).mean(1)  # (T N,)
             evenness = size.mean() / jnp.sqrt(jnp.square(size).mean() + 1e-12)
@@ -382,7 +382,7 @@ class S5(nn.Module):
 
 
 class SequenceModel(nn.Module):
-    """Residual blocks: ReLU or, with --layer-norm, LayerNorm; S5, GELU, gated linear unit.
+    """Residual blocks: ReLU, or LayerNorm (--layer-norm); S5, GELU, gated linear unit.
 
     carry: a tuple of S5 states, one a block. Call with x (T, N, D), reset (T, N); returns carry and
     y (T, N, D). T is 1 when acting and num_steps when learning; both give the same y.
@@ -479,7 +479,7 @@ def ppo_loss(params, network, carry, batch, advantage, target, args):
     """Clipped objective, value loss, entropy bonus (Schulman et al. 2017) of M whole environments.
 
     batch: Transition (T, M); carry: the memory, leading axis M, that the rollout began with;
-    advantage, target (T, M). Returns the scalar loss and a dict of scalars to log.
+    advantage, target (T, M). Returns the scalar loss, with S5's penalties, and scalars to log.
     """
     inputs = params, carry, batch.obs, batch.reset
     (_, logits, value), sown = network.apply(*inputs, mutable="intermediates")
@@ -511,7 +511,7 @@ def learn(params_and_opt_state, env_ids, carry, rollout, network, optimizer, arg
     carry = jax.tree.map(lambda x: x[env_ids], carry)
     minibatch = jax.tree.map(lambda x: x[:, env_ids], rollout)
     grads, losses = jax.grad(ppo_loss, has_aux=True)(params, network, carry, *minibatch, args)
-    flat, unflatten = ravel_pytree(grads)  # one all-reduce, not one an array
+    flat, unflatten = ravel_pytree(grads)  # one all-reduce, not one for each array
     flat = jax.lax.pmean(flat, "devices")
     losses["losses/grad_norm"] = jnp.linalg.norm(flat)
     updates, opt_state = optimizer.update(unflatten(flat), opt_state, params)
@@ -540,7 +540,7 @@ def make_train(args, env):
         return TrainState(params=params, opt_state=optimizer.init(params), actor=actor, key=key)
 
     def act(params, actor, key):
-        """One step of the rollout; returns the next actor, a Transition and returns."""
+        """One step; the next actor, a Transition, and returns of episodes that ended, else 0."""
         env_state, obs, reset, carry = actor
         action_key, env_key = jax.random.split(key)
         forward = partial(network.apply, params)
@@ -714,12 +714,12 @@ def load_checkpoint(run_dir, like):
 # ==== Main ========================================================================================
 def main():
     start_time = time.time()
-    os.environ["MPLBACKEND"] = "agg"  # gymnax loads it; a notebook's need not exist here
+    os.environ["MPLBACKEND"] = "agg"  # for gymnax's matplotlib; a notebook's may not exist
     args, flags = parse_flags()
     jax.config.update("jax_enable_x64", False)
     jax.config.update("jax_default_matmul_precision", "default" if args.tf32 else "highest")
-    # It hides tracebacks: while you edit the environment, go without it.
-    with refuse("--env-id, --env-params, --seen or --num-devices"):
+    # `refuse` hides tracebacks: while you edit the environment, go without it.
+    with refuse("--env-id, --env-params, --seen, --memory-length or --num-devices"):
         env = Environment(args)
         init, train = make_train(args, env)
     name = f"{Path(__file__).stem}__{args.env_id}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"

@@ -14,7 +14,7 @@ mostly as much on bodies held out; with the memory wiped at every episode 0.0 to
 - PPO, not Muesli. The network is also shown the last change of the observation and of the reward,
   and inner products, which no matrix for observations changes (--no-inner-products).
 - S5's largest initial time step is 2. With 0.1 even the fastest states would average over 20 steps
-  and lose velocities. Its input is scaled to unit variance, not by zero-order hold (--zoh).
+  and lose velocities. Input is scaled for states of unit variance, not by zero-order hold (--zoh).
 - Gradients reach back one rollout, which may be shorter than a trial. An advantage counts rewards
   of its episode; with --credit trial those of later ones too, unless the task ended it itself.
 - Each environment keeps its task. Matrices and bodies are drawn anew for each trial.
@@ -182,7 +182,7 @@ class Args:
     num_devices: int = 1  # GPUs, or other devices of JAX, that share each seed's environments
     total_timesteps: int = 15_000_000  # steps of a seed, rounded up to whole log intervals
     log_interval: int = 10  # updates in one jitted call, and in one row of metrics.csv
-    checkpoint_interval: int = 60  # seconds between saves, of metrics too; the end is always saved
+    checkpoint_interval: int = 60  # seconds between saves, of metrics too; it also saves as it ends
     resume: Path | None = None  # run directory to go on with; flags given beside it replace its own
     track: bool = False  # send the metrics to Weights & Biases too, to project WANDB_PROJECT
     tf32: bool = False  # let NVIDIA GPUs use TF32; acting and learning then differ by about 1e-3
@@ -208,7 +208,7 @@ class Args:
     layer_norm: bool = True  # normalise what each S5 layer sees, in place of a ReLU
     state_coef: float = 0.0  # weight of the penalty on the states' mean square
     sparsity_coef: float = 0.0  # weight of the penalty on input that is even over time
-    zoh: bool = False  # scale the input by zero-order hold, as the paper does, not to unit variance
+    zoh: bool = False  # scale S5's input by zero-order hold, as the paper does
 
     # ---- actor and critic
     inner_products: bool = True  # show the encoder what no matrix for observations changes
@@ -567,7 +567,7 @@ class S5(nn.Module):
 
     In steps of dt: x_t = a_bar x_{t-1} + scale B u_t with a_bar = exp(Lambda dt); Lambda is
     diagonal, and every state has its own dt. Call with state (N, P) complex64, u (T, N, D), reset
-    (T, N) bool; returns the last state and y (T, N, D). Sows the penalty that the loss adds.
+    (T, N) bool; returns the last state and y (T, N, D). `sow` hands its penalty to ppo_loss.
     """
 
     args: Args
@@ -594,7 +594,7 @@ class S5(nn.Module):
         b, c = self.param("B", init_b), self.param("C", init_c)
         d = self.param("D", nn.initializers.normal(1.0), (D,))
         low, high = np.full(P, self.args.dt_min), np.full(P, self.args.dt_max)
-        if self.args.dt_slow:  # slow states keep; fast ones learn first, and soon forget
+        if self.args.dt_slow:  # every second state keeps; the others soon forget, but learn first
             low[::2] = high[::2] = self.args.dt_slow
         span = {"minval": np.log(low), "maxval": np.log(high)}
         dt = jnp.exp(self.param("log_dt", lambda key: jax.random.uniform(key, (P,), **span)))
@@ -602,7 +602,7 @@ class S5(nn.Module):
         lam = jax.lax.complex(-jnp.exp(log_decay), frequency)
         a_bar = jnp.exp(lam * dt)  # (P,)
         # White input of variance 1 gives states of variance scale^2 / (1 - |a_bar|^2): one, if not
-        # --zoh, however slow they are. Zero-order hold scales by about dt, and a lone cue drowns.
+        # --zoh, however slow they are. Zero-order hold scales by about dt: a lone cue is lost.
         scale = (a_bar - 1) / lam if self.args.zoh else jnp.sqrt(-jnp.expm1(2 * lam.real * dt))
 
         # Products see T and N as one axis: a gradient summed over two takes three times as long.
@@ -615,8 +615,8 @@ class S5(nn.Module):
         penalty = 0.0
         if self.args.state_coef:
             penalty += self.args.state_coef * jnp.square(jnp.abs(states)).mean()
-        # Mean over root mean square of the input's size (Hoyer 2004): 1 if that is the same at
-        # every step, near 0 if it comes at few. So a trickle costs, however small it is.
+        # Mean over root mean square of the input's size (Hoyer 2004): 1 if it is even, 0.1 if all
+        # comes at a hundredth of the steps. To shrink it all does not help: the rest has to stop.
         if self.args.sparsity_coef:
             size = jnp.abs(u).mean(1)  # (T N,)
             evenness = size.mean() / jnp.sqrt(jnp.square(size).mean() + 1e-12)
@@ -628,7 +628,7 @@ class S5(nn.Module):
 
 
 class SequenceModel(nn.Module):
-    """Residual blocks: ReLU or, with --layer-norm, LayerNorm; S5, GELU, gated linear unit.
+    """Residual blocks: ReLU, or LayerNorm (--layer-norm); S5, GELU, gated linear unit.
 
     carry: a tuple of S5 states, one a block. Call with x (T, N, D), reset (T, N); returns carry and
     y (T, N, D). T is 1 when acting and num_steps when learning; both give the same y.
@@ -801,7 +801,7 @@ def ppo_loss(params, network, carry, batch, advantage, target, args):
     """Clipped objective, value loss, entropy bonus (Schulman et al. 2017) of M whole environments.
 
     batch: Transition (T, M); carry: the memory, leading axis M, that the rollout began with;
-    advantage, target (T, M). Returns the scalar loss and a dict of scalars to log.
+    advantage, target (T, M). Returns the scalar loss, with S5's penalties, and scalars to log.
     """
     inputs = params, carry, batch.obs, batch.reset
     (_, policy, value), sown = network.apply(*inputs, mutable="intermediates")
@@ -831,7 +831,7 @@ def learn(params_and_opt_state, env_ids, carry, rollout, network, optimizer, arg
     carry = jax.tree.map(lambda x: x[env_ids], carry)
     minibatch = jax.tree.map(lambda x: x[:, env_ids], rollout)
     grads, losses = jax.grad(ppo_loss, has_aux=True)(params, network, carry, *minibatch, args)
-    flat, unflatten = ravel_pytree(grads)  # one all-reduce, not one an array
+    flat, unflatten = ravel_pytree(grads)  # one all-reduce, not one for each array
     flat = jax.lax.pmean(flat, "devices")
     losses["losses/grad_norm"] = jnp.linalg.norm(flat)
     updates, opt_state = optimizer.update(unflatten(flat), opt_state, params)
@@ -1110,7 +1110,7 @@ def load_checkpoint(run_dir, like):
 # ==== Main ========================================================================================
 def main():
     start_time = time.time()
-    os.environ["MPLBACKEND"] = "agg"  # gymnax loads it; a notebook's need not exist here
+    os.environ["MPLBACKEND"] = "agg"  # for gymnax's matplotlib; a notebook's may not exist
     args, flags = parse_flags()
     jax.config.update("jax_enable_x64", False)
     jax.config.update("jax_default_matmul_precision", "default" if args.tf32 else "highest")

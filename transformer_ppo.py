@@ -56,7 +56,7 @@ class Args:
     num_devices: int = 1  # GPUs, or other devices of JAX, that share each seed's environments
     total_timesteps: int | None = None  # steps of a seed, at least; None: 4,000 x MEMORY_LENGTH
     log_interval: int = 10  # updates in one jitted call, and in one row of metrics.csv
-    checkpoint_interval: int = 60  # seconds between saves, of metrics too; the end is always saved
+    checkpoint_interval: int = 60  # seconds between saves, of metrics too; it also saves as it ends
     resume: Path | None = None  # run directory to go on with; flags given beside it replace its own
     track: bool = False  # send the metrics to Weights & Biases too, to project WANDB_PROJECT
     tf32: bool = False  # let NVIDIA GPUs use TF32; acting and learning then differ by about 1e-3
@@ -67,7 +67,7 @@ class Args:
     min_memory_length: int = 4  # shortest; every episode draws its own, between the two
     observe_action: bool = False  # show the last action: in MemoryChain it can carry the cue on
     seen: tuple[int, ...] = ()  # entries of the observation that the agent sees; none named: all
-    noise_std: float = 0.0  # of the Gaussian noise on these, which are then clipped to their bounds
+    noise_std: float = 0.0  # of Gaussian noise on these, which are then clipped to their bounds
     env_params: dict[str, float] = field(default_factory=dict)  # other EnvParams: NAME VALUE ...
     eval_episodes: int = 128  # greedy episodes of each seed and length, at the end
 
@@ -85,7 +85,7 @@ class Args:
 
     # ---- PPO
     num_envs: int = 32  # N, parallel environments
-    num_steps: int | None = None  # T, of a rollout; gradients reach so far; None: 2 MEMORY_LENGTH
+    num_steps: int | None = None  # T, of a rollout, and for gradients; None: 2 MEMORY_LENGTH
     num_minibatches: int = 4  # minibatches of a pass over the rollout, each of whole environments
     update_epochs: int = 4  # passes over each rollout
     learning_rate: float = 1e-3  # step size of Adam
@@ -224,10 +224,10 @@ class Environment:
         return jnp.concatenate([obs, previous, reset[:, None]], axis=1).astype(jnp.float32)
 
     def draw_lengths(self, key, num_envs):
-        """Memory lengths (N,) of episodes: short ones teach the long ones; more are long."""
+        """Memory lengths (N,) of episodes, spread by their logarithm: the short teach the long."""
         longest = self.args.memory_length
         shortest = min(self.args.min_memory_length, longest)
-        share = jnp.sqrt(jax.random.uniform(key, (num_envs,)))  # the root: more long than short
+        share = jnp.sqrt(jax.random.uniform(key, (num_envs,)))  # the root: long rather than short
         return (shortest * (longest / shortest) ** share).round().astype(jnp.int32)
 
     def reset(self, key, num_envs, memory_length=None):
@@ -495,7 +495,7 @@ def learn(params_and_opt_state, env_ids, carry, rollout, network, optimizer, arg
     carry = jax.tree.map(lambda x: x[env_ids], carry)
     minibatch = jax.tree.map(lambda x: x[:, env_ids], rollout)
     grads, losses = jax.grad(ppo_loss, has_aux=True)(params, network, carry, *minibatch, args)
-    flat, unflatten = ravel_pytree(grads)  # one all-reduce, not one an array
+    flat, unflatten = ravel_pytree(grads)  # one all-reduce, not one for each array
     flat = jax.lax.pmean(flat, "devices")
     losses["losses/grad_norm"] = jnp.linalg.norm(flat)
     updates, opt_state = optimizer.update(unflatten(flat), opt_state, params)
@@ -524,7 +524,7 @@ def make_train(args, env):
         return TrainState(params=params, opt_state=optimizer.init(params), actor=actor, key=key)
 
     def act(params, actor, key):
-        """One step of the rollout; returns the next actor, a Transition and returns."""
+        """One step; the next actor, a Transition, and returns of episodes that ended, else 0."""
         env_state, obs, reset, carry = actor
         action_key, env_key = jax.random.split(key)
         forward = partial(network.apply, params)
@@ -698,12 +698,12 @@ def load_checkpoint(run_dir, like):
 # ==== Main ========================================================================================
 def main():
     start_time = time.time()
-    os.environ["MPLBACKEND"] = "agg"  # gymnax loads it; a notebook's need not exist here
+    os.environ["MPLBACKEND"] = "agg"  # for gymnax's matplotlib; a notebook's may not exist
     args, flags = parse_flags()
     jax.config.update("jax_enable_x64", False)
     jax.config.update("jax_default_matmul_precision", "default" if args.tf32 else "highest")
-    # It hides tracebacks: while you edit the environment, go without it.
-    with refuse("--env-id, --env-params, --seen or --num-devices"):
+    # `refuse` hides tracebacks: while you edit the environment, go without it.
+    with refuse("--env-id, --env-params, --seen, --memory-length or --num-devices"):
         env = Environment(args)
         init, train = make_train(args, env)
     name = f"{Path(__file__).stem}__{args.env_id}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
