@@ -86,7 +86,7 @@ class Args:
     # ---- PPO
     num_envs: int = 32  # N, parallel environments
     num_steps: int | None = None  # T, of a rollout, and for gradients; None: 2 MEMORY_LENGTH
-    num_minibatches: int = 4  # minibatches of a pass over the rollout, each of whole environments
+    num_minibatches: int | None = None  # of a pass; None: 4, or 16 if MEMORY_LENGTH is 2048 or more
     update_epochs: int = 4  # passes over each rollout
     learning_rate: float = 1e-3  # step size of Adam
     anneal_lr: bool = True  # lower the step size linearly to zero over the run
@@ -102,6 +102,8 @@ class Args:
             self.total_timesteps = 4_000 * self.memory_length
         if self.num_steps is None:
             self.num_steps = 2 * self.memory_length
+        if self.num_minibatches is None:  # long rollouts are few, so each has to serve more steps
+            self.num_minibatches = 4 if self.memory_length < 2048 else 16
         sizes = "memory_length min_memory_length eval_episodes num_seeds num_devices log_interval "
         sizes += "num_envs num_steps total_timesteps num_minibatches update_epochs d_model "
         for name in (sizes + "encoder_size head_size").split():

@@ -62,7 +62,7 @@ def rows_of(model, run_dir, asked):
     for length in asked:
         returns = ask(state.params, keys, length).mean(1).tolist()
         print(f"{model}, trained to {args.memory_length}, asked at {length}: {returns}", flush=True)
-        for seed, mean in enumerate(returns):
+        for seed, mean in enumerate(returns, args.seed):
             row = {"model": model, "trained": args.memory_length, "asked": length, "seed": seed}
             rows.append(row | {"greedy_return": round(mean, 4)} | made)
     return pd.DataFrame(rows)
