@@ -398,7 +398,7 @@ def ppo_loss(params, network, carry, batch, advantage, target, args):
     """Clipped objective, value loss, entropy bonus (Schulman et al. 2017) of M whole environments.
 
     batch: Transition (T, M); carry: the memory, leading axis M, that the rollout began with;
-    advantage, target (T, M). Returns the scalar loss and a dict of scalars to log.
+    advantage, target (T, M). Returns the scalar loss, penalties added, and scalars to log.
     """
     inputs = params, carry, batch.obs, batch.reset
     (_, logits, value), sown = network.apply(*inputs, mutable="intermediates")
