@@ -31,7 +31,7 @@ BODIES |= {"BallInCupCatch": "BallInCup", "CartpoleAnywhere": "CartpoleSwingup"}
 # changes in a single one hardly shows, and a second would be many steps away.
 ACTION_REPEAT = 4
 
-# Low and high of the positions that an episode starts from; of other tasks, the joints' limits.
+# Low and high of the positions an episode starts from; of others the joints' limits or -pi, pi.
 # Anywhere leaves out what is near upright, since CartpoleBalance is to be held out.
 START_RANGES = {
     "BallInCupCatch": ((0.0, 0.0, -0.2, 0.2), (0.0, 0.0, 0.2, 0.5)),
@@ -139,7 +139,7 @@ class DMControl:
         data = self.mjx.sensor_vel(self.model, data)
         obs = self.env._get_obs(data, {})
         reward = self.env._get_reward(data, action, {}, {})
-        if "reach" in kept:  # each halving of the distance pays as much; keeping still does not
+        if "reach" in kept:  # each halving of the distance adds as much
             distance = jnp.linalg.norm(obs[:2]) / self.env._target_size  # the target is at 0
             reward = jnp.clip(1 - jnp.log(distance) / jnp.log(kept["reach"]), 0, 1)
         return DMState(data.qpos, data.qvel, data.qacc_warmstart, kept, obs, reward, jnp.zeros(()))

@@ -716,7 +716,7 @@ def load_checkpoint(run_dir, like):
 # ==== Main ========================================================================================
 def main():
     start_time = time.time()
-    os.environ["MPLBACKEND"] = "agg"  # for gymnax's matplotlib; a notebook's may not exist
+    os.environ["MPLBACKEND"] = "agg"  # for gymnax's matplotlib; a notebook's may be missing
     args, flags = parse_flags()
     jax.config.update("jax_enable_x64", False)
     jax.config.update("jax_default_matmul_precision", "default" if args.tf32 else "highest")
@@ -741,7 +741,8 @@ def main():
     with refuse(run_dir, OSError):
         run_dir.mkdir(parents=True, exist_ok=True)
         write_config(run_dir, args, flags)
-        save(run_dir, state, rows)  # so that --resume works from here on
+        if not args.resume:
+            save(run_dir, state, rows)  # so that --resume works from here on
     step, total = rows[-1]["global_step"] if rows else 0, args.num_updates * args.batch_size
     steps_a_call = args.log_interval * args.batch_size
     size = sum(x[0].size for x in jax.tree.leaves(state.params))

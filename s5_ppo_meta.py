@@ -9,19 +9,20 @@ agent has to find out within the trial what its actions do, and remember it unti
     python s5_ppo_meta.py --suite classic --total-timesteps 96000000    # five tasks at once
     python s5_ppo_meta.py --resume runs/RUN         # goes on after Ctrl-C or a kill
 
-Expect scores (0: idle or random, 1: a rule that sees the goal) of 0.7 to 1.1 in training, and
-mostly as much on bodies held out; with the memory wiped at every episode 0.0 to 0.4. Departures:
+Expect of the first, in the second half of trials, scores (0: idle or random, 1: a rule that sees
+the goal) of 0.7 to 1.1, mostly as much on bodies held out, and 0.0 to 0.4 with the memory wiped at
+every episode. Departures:
 - PPO, not Muesli. The network is also shown the last change of the observation and of the reward,
   and inner products, which no matrix for observations changes (--no-inner-products).
 - S5's largest initial time step is 2. With 0.1 even the fastest states would average over 20 steps
   and lose velocities. Input is scaled for states of unit variance, not by zero-order hold (--zoh).
 - Gradients reach back one rollout, which may be shorter than a trial. An advantage counts rewards
-  of its episode; with --credit trial those of later ones too, unless the task ended it itself.
+  of its episode; with --credit trial those of later ones too, unless the task ended the episode.
 - Each environment keeps its task. Matrices and bodies are drawn anew for each trial.
 - An episode's end inside a trial is a flag in the observation; only a trial's end is a reset.
 - The agent sees its own unprojected action and the scaled reward.
-- Tasks are gymnax's and brax's; --suite dmc has DMControl's, where an action lasts four steps;
-  dmc-small trains on two of ours too. dmcontrol.py, pip install -e ".[dmc]".
+- Suites dmc and dmc-small have DMControl's tasks (dmcontrol.py, pip install -e ".[dmc]"), where an
+  action lasts four steps; dmc-small trains on two of ours too. The others have gymnax's and brax's.
 """
 
 import argparse
@@ -89,7 +90,7 @@ TASKS = {  # env_id, episode_length, baseline_return, specialist_return, return_
 }
 
 # Hidden goals. In each trial an action moves the body 1/2 to 2 times as far as the usual one, drawn
-# anew; bodies held out, a third as far, and 3 times. The swimmer moves as far as the square of dt.
+# anew; bodies held out, a third as far, and 3 times. The swimmer moves by the square of dt.
 # gymnax moves a robot that is within goal_radius: here, never.
 POINT = {"dense_reward": True, "max_force": 0.2, "goal_radius": -1.0}
 ARM = {"dt": 0.3, "torque_scale": 2.0}
@@ -201,7 +202,7 @@ class Args:
     num_layers: int = 4  # S5 blocks; 0 is the network without memory
     d_model: int = 64  # D, width of the blocks
     state_size: int = 32  # P, complex states of a block
-    dt_slow: float = 0.0  # initial time step of half the states; 0: all are in the next range
+    dt_slow: float = 0.0  # initial time step of half the states; 0: as the others
     dt_min: float = 0.001  # smallest initial time step; the slowest states last 2 / DT_MIN steps
     dt_max: float = 2.0  # largest initial time step; the fastest states last 2 / DT_MAX steps
     frequency_scale: float = 1.0  # times HiPPO's frequencies; 0: states decay, but do not turn
@@ -222,9 +223,9 @@ class Args:
     update_epochs: int = 2  # passes over each rollout
     learning_rate: float = 1e-3  # step size of Adam
     anneal_lr: bool = True  # lower the step size linearly to zero over the run
-    credit: Literal["episode", "trial"] = "episode"  # an advantage counts rewards to its end
+    credit: Literal["episode", "trial"] = "episode"  # whose later rewards an advantage counts
     gamma: float = 0.99  # discount of a step
-    bootstrap_truncated: bool | None = None  # value what a time limit cut off; None: the suite's
+    bootstrap_truncated: bool | None = None  # add the value beyond time limits; None: the suite's
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
     clip_coef: float = 0.2  # epsilon of the clipped objective
     ent_coef: float = 0.005  # weight of the entropy bonus
@@ -294,7 +295,7 @@ class EnvState(NamedTuple):
     inner: tuple  # the library's own state
     trial: Trial
     trial_start: tuple  # state and observation that the trial began with
-    starts: tuple  # n states and observations, of which each new episode takes one at random
+    starts: tuple  # n states and observations, of which a new start takes one at random
     trial_episodes: jax.Array  # (n,) int32, episodes of the trial that have ended
     episode_length: jax.Array  # (n,) int32, steps of the episode so far
     episode_return: jax.Array  # (n,)
@@ -355,7 +356,7 @@ class ProjectedTask:
             self.action_size = self.env.action_size
         self.obs_size = jax.eval_shape(self.start, jax.random.PRNGKey(0))[1].size
         if args.projected_obs_size < self.obs_size or args.projected_action_size < self.action_size:
-            raise ValueError(f"{name} observes {self.obs_size}, takes {self.action_size} entries")
+            raise ValueError(f"{name} needs sizes of at least {self.obs_size}, {self.action_size}")
 
     # ---- one copy, unprojected
     def start(self, key):
@@ -363,7 +364,7 @@ class ProjectedTask:
         if not self.is_gymnax:
             state = self.env.reset(key)
             return state, state.obs
-        obs, state = self.env.reset_env(key, self.params)  # the same for every body
+        obs, state = self.env.reset_env(key, self.params)  # as for any other body
         return state, self.observe(key, obs)
 
     def physics(self, key, state, action, body):
@@ -419,7 +420,7 @@ class ProjectedTask:
         return jnp.concatenate([projected, previous, flags], axis=1)
 
     def reset(self, key, n) -> tuple[EnvState, jax.Array]:
-        """State and obs (n, O). Where trials end, the counters of the first ones start part-way.
+        """State and obs (n, O). Where trials end, the counters of the first trials start part-way.
 
         Else a rollout would show the same part of a trial in all environments.
         """
@@ -466,7 +467,7 @@ class ProjectedTask:
         new_trial = self.trials_end & (trial_episodes >= self.args.trial_length)
         final_obs = self.agent_obs(obs, state.trial, action, reward, false, false)
 
-        # A new trial has matrices, a body and a start of its own. Most steps need not draw any.
+        # A new trial has matrices, a body and a start of its own. Most steps need none.
         draw = partial(self.draw_trials, trial_key, n)
         drawn = jax.lax.cond(new_trial.any(), draw, lambda: state.trial)
         trial = where(new_trial, drawn, state.trial)
@@ -657,7 +658,7 @@ DECAYS = (0.9, 0.99)  # of the remembered sums, a step: they reach back 10 and 1
 
 
 def direction_and_size(x):
-    """x (..., d) over its root mean square (..., 1), and log(root mean square) / 3 + 1: -2 to 2."""
+    """x (..., d) over its root mean square (..., 1), and log(root mean square) / 3 + 1."""
     size = jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-8)  # at least 1e-4
     return x / size, jnp.log(size) / 3 + 1
 
@@ -716,7 +717,7 @@ class ActorCritic(nn.Module):
         outcome = jnp.concatenate([obs[..., :p], obs[..., p + A : p + A + 1]], axis=-1)
         outcome = jnp.concatenate([last[None], outcome])  # (T + 1, N, p + 1)
         new_episode = obs[..., -2] > 0.5  # between two episodes there is no change, but a jump
-        no_memory = jnp.full_like(reset, self.args.num_layers == 0)  # nor any of what follows
+        no_memory = jnp.full_like(reset, self.args.num_layers == 0)  # no change, no sums
         forget = (reset | new_episode | no_memory)[..., None]
         change = jnp.where(forget, 0.0, outcome[1:] - outcome[:-1])
         seen = [obs, *direction_and_size(change[..., :p]), *direction_and_size(change[..., p:])]
@@ -920,7 +921,7 @@ def make_train(args, env):
         metrics = jax.lax.pmean(jax.tree.map(jnp.mean, losses), "devices")
         count, returns, failed = jax.lax.psum(sums.sum(0), "devices")  # (K,) each
         metrics["charts/physics_failures"] = failed.sum()
-        means = dict(zip(env.names, returns / count, strict=True))  # NaN where no episode ended
+        means = dict(zip(env.names, returns / count, strict=True))  # NaN: no episode ended
         metrics |= {f"charts/episodic_return/{name}": mean for name, mean in means.items()}
         scores = [score(mean, name) for name, mean in means.items()]
         metrics["charts/score"] = jnp.nanmean(jnp.stack(scores))
@@ -1110,7 +1111,7 @@ def load_checkpoint(run_dir, like):
 # ==== Main ========================================================================================
 def main():
     start_time = time.time()
-    os.environ["MPLBACKEND"] = "agg"  # for gymnax's matplotlib; a notebook's may not exist
+    os.environ["MPLBACKEND"] = "agg"  # for gymnax's matplotlib; a notebook's may be missing
     args, flags = parse_flags()
     jax.config.update("jax_enable_x64", False)
     jax.config.update("jax_default_matmul_precision", "default" if args.tf32 else "highest")
@@ -1135,7 +1136,8 @@ def main():
     with refuse(run_dir, OSError):
         run_dir.mkdir(parents=True, exist_ok=True)
         write_config(run_dir, args, flags)
-        save(run_dir, state, rows)  # so that --resume works from here on
+        if not args.resume:
+            save(run_dir, state, rows)  # so that --resume works from here on
     step, total = rows[-1]["global_step"] if rows else 0, args.num_updates * args.batch_size
     steps_a_call = args.log_interval * args.batch_size
     size = sum(x[0].size for x in jax.tree.leaves(state.params))
