@@ -323,9 +323,10 @@ def test_any_flag_may_be_replaced_also_the_numbers_of_devices_and_of_steps(tmp_p
     assert steps == [STEPS, 3 * STEPS, 5 * STEPS]  # 200 or more
     args = json.loads((path / "config.json").read_text())["args"]
     assert [args[name] for name in ("num_devices", "total_timesteps", "seed")] == [2, 200, 5]
-    before = results(path)
+    before, previous = results(path), (path / "previous_checkpoint.gz").read_bytes()
     ended = run(tmp_path, f"--resume {path} --total-timesteps 640 --learning-rate 1e30")
     assert ended.code == 1 and results(path) == before  # nothing of it is logged or saved
+    assert (path / "previous_checkpoint.gz").read_bytes() == previous
     assert f"error: the gradient was not finite after step {5 * STEPS}" in ended.err
     assert "--learning-rate" in ended.err
 
