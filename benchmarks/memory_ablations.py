@@ -1,6 +1,6 @@
 """How far s5_ppo_memory.py remembers with one of its tricks taken out.
 
-    python benchmarks/memory_ablations.py                              # an hour on one core
+    python benchmarks/memory_ablations.py                              # half an hour on one core
     python benchmarks/memory_ablations.py --variants "no ReLU" "one block"
 
 Each variant is a copy of the script with the snippets of PATCHES replaced, or run with FLAGS. It is
